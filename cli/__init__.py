@@ -1,0 +1,17 @@
+"""The console command `loracle`. Subcommands import torch, hypothesis and the rooms only when they run."""
+
+import typer
+
+from . import toy
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Reference implementation and test oracle for low-rank adaptation (LoRA).",
+)
+app.add_typer(toy.app, name="toy")
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    app()
