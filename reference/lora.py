@@ -52,33 +52,33 @@ PAPER = Paper(
 
 
 class Factors(NamedTuple):
-    """The two trainable factors: `A` (rank, in) and `B` (out, rank)."""
+    """The two trainable factors."""
 
-    A: Tensor
-    B: Tensor
+    A: Float[Tensor, "rank in"]
+    B: Float[Tensor, "out rank"]
 
 
 class Gradients(NamedTuple):
-    """Gradients of the loss: `grad_A` (rank, in) and `grad_B` (out, rank)."""
+    """Gradients of the loss in the factors."""
 
-    grad_A: Tensor
-    grad_B: Tensor
+    grad_A: Float[Tensor, "rank in"]
+    grad_B: Float[Tensor, "out rank"]
 
 
 class BackwardGradients(NamedTuple):
-    """Gradients of the loss: `grad_x` (..., in), `grad_A` (rank, in) and `grad_B` (out, rank)."""
+    """Gradients of the loss in the input and the factors."""
 
-    grad_x: Tensor
-    grad_A: Tensor
-    grad_B: Tensor
+    grad_x: Float[Tensor, "... in"]
+    grad_A: Float[Tensor, "rank in"]
+    grad_B: Float[Tensor, "out rank"]
 
 
 class Weights(NamedTuple):
-    """One layer's weights: `W0` (out, in), `A` (rank, in) and `B` (out, rank)."""
+    """One layer's weights after a step."""
 
-    W0: Tensor
-    A: Tensor
-    B: Tensor
+    W0: Float[Tensor, "out in"]
+    A: Float[Tensor, "rank in"]
+    B: Float[Tensor, "out rank"]
 
 
 def scaling_factor(alpha: float, rank: int, *, rslora: bool = False) -> float:
