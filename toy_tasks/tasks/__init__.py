@@ -1,0 +1,1 @@
+"""One file per paper; `loracle toy list` finds them by name."""

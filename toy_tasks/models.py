@@ -1,0 +1,61 @@
+"""Small models, and many of one kind computed together: one copy per seed."""
+
+import copy
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state
+
+Params = dict[str, Tensor]
+
+
+def make_linear(in_features: int, out_features: int, generator: torch.Generator, *, bias: bool = True) -> nn.Linear:
+    """A linear layer, weight and bias uniform within 1/sqrt(in) as torch draws them, but from a `generator`."""
+    layer = nn.Linear(in_features, out_features, bias=bias, device="meta").to_empty(device="cpu")  # draws nothing by itself
+    bound = in_features**-0.5
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.uniform_(-bound, bound, generator=generator)
+    return layer
+
+
+def make_mlp(sizes: Sequence[int], generator: torch.Generator) -> nn.Sequential:
+    """Linear layers of the given sizes with ReLU between them; the layers are named "0", "2", "4", ..."""
+    layers: list[nn.Module] = []
+    for in_features, out_features in itertools.pairwise(sizes):
+        layers += [make_linear(in_features, out_features, generator), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Stack:
+    """Models of one architecture, one per seed, whose parameters are stacked along a first dimension and computed together.
+
+    `trainable` holds the parameters that require a gradient, by name, each (models, ...); `frozen` the others and the
+    buffers. Both lie on `device`. The forward is the module's own, mapped over the models with `torch.vmap`.
+    """
+
+    def __init__(self, models: Sequence[nn.Module], device: torch.device | str = "cpu") -> None:
+        self._models = list(models)
+        self._template = copy.deepcopy(self._models[0]).to("meta")
+        params, buffers = stack_module_state(self._models)
+        moved = {name: tensor.detach().to(device) for name, tensor in (params | buffers).items()}
+        self.trainable: Params = {name: moved[name] for name, tensor in params.items() if tensor.requires_grad}
+        self.frozen: Params = {name: tensor for name, tensor in moved.items() if name not in self.trainable}
+
+    def __call__(self, params: Params, x: Tensor) -> Tensor:
+        """Outputs (models, ..., out) of all models with the trainable parameters `params`, for inputs `x` (models, ..., in)."""
+        outputs: Tensor = torch.vmap(lambda own, x: functional_call(self._template, own, (x,)))(self.frozen | params, x)
+        return outputs
+
+    def num_trainable(self) -> int:
+        """Trainable parameters of one model."""
+        return sum(tensor[0].numel() for tensor in self.trainable.values())
+
+    def models(self, params: Params) -> list[nn.Module]:
+        """Copies of the models, on the CPU, with the trainable parameters `params`."""
+        copies = copy.deepcopy(self._models)
+        for i, model in enumerate(copies):
+            model.load_state_dict({name: tensor[i] for name, tensor in params.items()}, strict=False)
+        return copies
