@@ -29,7 +29,7 @@ Where paper and code differ (`Outsider565/LoRA-GA`: `peft/src/peft/tuners/lora/l
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -153,8 +153,7 @@ def draw_sketch(G: Float[Tensor, "out in"], *, rank: int, generator: torch.Gener
     check_shapes(G=(G, "out in"))
     _check_rank(rank, G)
     small = min(G.shape)
-    dtype = torch.promote_types(G.dtype, torch.float32)
-    return torch.randn(small, min(4 * rank, small), generator=generator, dtype=dtype, device=G.device)
+    return torch.randn(small, min(4 * rank, small), generator=generator, dtype=G.dtype, device=G.device)
 
 
 def init(
@@ -166,16 +165,16 @@ def init(
     direction: str = "ArB2r",
     scale: str = "stable",
     W0: Float[Tensor, "out in"] | None = None,
-    indices: IndexSets | None = None,
+    indices: Sequence[Tensor] | None = None,
     sketch: Float[Tensor, "small q"] | None = None,
     niter: int = 4,
     generator: torch.Generator | None = None,
 ) -> Factors:
     """The factors at the start of training, A (rank, in) and B (out, rank), from the gradient (Theorem 3.1, Algorithm 1).
 
-    `direction` and `scale` as in `index_sets` and `factor_scale`; `W0` serves the scale "weightS" only. `indices` takes the
-    place of `direction`; `generator` serves the direction "random" only. The SVD is exact, or with a `sketch` (see
-    `draw_sketch`) randomised with `niter` iterations. Pass the same factors to `base_weight`: B A is not zero.
+    `direction` and `scale` as in `index_sets` and `factor_scale`; `W0` serves the scale "weightS" only, `generator` the
+    direction "random" only. `indices`, a pair as from `index_sets`, takes the place of `direction`. The SVD is exact, or
+    with a `sketch` (see `draw_sketch`) randomised with `niter` iterations. B A is not zero: `base_weight` goes with it.
 
     Raises:
         ValueError: 2 `rank` exceeds min(out, in), G is zero or not finite, or an option is unusable.
@@ -186,11 +185,11 @@ def init(
     c = factor_scale(scaling, out_features=G.shape[0], rank=rank, gamma=gamma, scale=scale, W0=W0)
     if indices is None:
         indices = index_sets(rank=rank, direction=direction, generator=generator)
-    _check_indices(indices, rank)
+    for_A, for_B = _check_indices(indices, rank)
     # Algorithm 1: U, S, V <- SVD(G); the singular values are not used, so the size of G does not matter
     U, Vh = _singular_vectors(_working(G), sketch, rank, niter)
     # Theorem 3.1: A = sqrt(zeta) / s V_IA^T and B = sqrt(zeta) / s U_IB, with sqrt(zeta) / s = c
-    return Factors(A=(c * Vh[indices.A]).to(G.dtype).contiguous(), B=(c * U[:, indices.B]).to(G.dtype).contiguous())
+    return Factors(A=(c * Vh[for_A]).to(G.dtype).contiguous(), B=(c * U[:, for_B]).to(G.dtype).contiguous())
 
 
 def _singular_vectors(G: Tensor, sketch: Tensor | None, rank: int, niter: int) -> tuple[Tensor, Tensor]:
@@ -322,7 +321,7 @@ def _check_rank(rank: int, G: Tensor | None) -> None:
     if G is not None and 2 * rank > min(G.shape):
         raise ValueError(
             f"rank is {rank} and G is {tuple(G.shape)}; needed 2 * rank <= {min(G.shape)}, since A and B take different "
-            f"singular vectors: use a rank of at most {min(G.shape) // 2}, or plain LoRA for this layer"
+            "singular vectors: use a smaller rank, or plain LoRA for this layer"
         )
 
 
@@ -336,13 +335,15 @@ def _check_gradient(G: Tensor) -> None:
         raise ValueError("G is zero and has no directions; check that the loss depends on this layer, or use plain LoRA for it")
 
 
-def _check_indices(indices: IndexSets, rank: int) -> None:
-    """Check that the two index sets split 0..2 rank - 1 into halves."""
-    if [len(part) for part in indices] != [rank, rank] or sorted(torch.cat(list(indices)).tolist()) != list(range(2 * rank)):
+def _check_indices(indices: Sequence[Tensor], rank: int) -> tuple[Tensor, Tensor]:
+    """The two index sets, once it is clear that they split 0..2 `rank` - 1 into halves."""
+    for_A, for_B = indices
+    a, b = for_A.tolist(), for_B.tolist()
+    if len(a) != rank or sorted(a + b) != list(range(2 * rank)):
         raise ValueError(
-            f"indices are {[part.tolist() for part in indices]}; needed two sets of {rank} that share nothing and "
-            f"together are 0..{2 * rank - 1}: use index_sets"
+            f"indices are {a} and {b}; needed two sets of {rank} that share nothing and together are 0..{2 * rank - 1}: use index_sets"
         )
+    return for_A, for_B
 
 
 if __name__ == "__main__":
