@@ -183,7 +183,8 @@ def _print_results(task: Task, results: Results) -> None:
             table.add_row(variant.replace("_", " "), *cells)
         console.print(table)
     seconds = sum(results.seconds.values())
-    console.print(f"mean ± half of the 95 % interval over {len(results.seeds)} seeds; {seconds:.1f} s on {results.device}", highlight=False)
+    note = f"Mean ± half of the 95 % interval over {len(results.seeds)} seeds, unless below 0.0005. {seconds:.1f} s on {results.device}."
+    console.print(note, highlight=False)
 
     table = Table("verdict", "claim", "measured", title="\nClaims", title_justify="left", show_lines=True)
     for claim in results.claims:
@@ -195,22 +196,22 @@ def _print_results(task: Task, results: Results) -> None:
 
 
 def _cell(metric: Metric | Difference | None) -> str:
-    """Mean and half interval, rounded alike; a count (no spread, whole) as it is."""
+    """Mean and half of the interval, the latter left out where it rounds to nothing; a count (whole, no spread) as it is."""
     if metric is None:
         return ""
     if metric.mean is None or metric.low is None:
         return "not finite"
     half = metric.mean - metric.low
-    if half == 0:
-        return f"{metric.mean:,.4g}" if metric.mean % 1 else f"{metric.mean:,.0f}"
-    return f"{metric.mean:.3f} ± {half:.3f}"
+    if half == 0 and metric.mean % 1 == 0:
+        return f"{metric.mean:,.0f}"
+    return f"{metric.mean:.3f}" + (f" ± {half:.3f}" if half >= 0.0005 else "")
 
 
 def _range(claim: Judged) -> str:
     """What was measured, as an interval."""
     if claim.low is None or claim.high is None:
         return "-" if claim.verdict == "not measured" else "not finite"
-    return f"{claim.low:.3f} to {claim.high:.3f}"
+    return f"{claim.low:.3g} to {claim.high:.3g}"
 
 
 def _verdict(claim: Judged, quick: bool) -> str:

@@ -13,7 +13,8 @@ Params = dict[str, Tensor]
 
 def make_linear(in_features: int, out_features: int, generator: torch.Generator, *, bias: bool = True) -> nn.Linear:
     """A linear layer, weight and bias uniform within 1/sqrt(in) as torch draws them, but from a `generator`."""
-    layer = nn.Linear(in_features, out_features, bias=bias, device="meta").to_empty(device="cpu")  # draws nothing by itself
+    with torch.random.fork_rng(devices=[]):  # nn.Linear draws by itself, from the global generator: leave that as it was
+        layer = nn.Linear(in_features, out_features, bias=bias)
     bound = in_features**-0.5
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -38,7 +39,7 @@ class Stack:
 
     def __init__(self, models: Sequence[nn.Module], device: torch.device | str = "cpu") -> None:
         self._models = list(models)
-        self._template = copy.deepcopy(self._models[0]).to("meta")
+        self._template = copy.deepcopy(self._models[0])
         params, buffers = stack_module_state(self._models)
         moved = {name: tensor.detach().to(device) for name, tensor in (params | buffers).items()}
         self.trainable: Params = {name: moved[name] for name, tensor in params.items() if tensor.requires_grad}

@@ -18,7 +18,7 @@ from .statistics import Interval, interval
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-BAR_COLOURS = ("#56B4E9", "#E69F00", "#CC79A7", "#009E73")  # light ones, on which a hatch can be seen
+BAR_COLOURS = ("#0072B2", "#F0E442", "#CC79A7", "#FFFFFF")  # dark, light, middle, white
 HATCHES = ("", "///", "...", "xxx")
 
 # Sizes for a figure shown 700 to 800 pixels wide; texts become outlines, so that every reader sees the same
@@ -29,9 +29,6 @@ _STYLE: dict[str, Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.3,
-    "legend.frameon": False,
-    "legend.fontsize": 10,
-    "lines.markersize": 6,
     "svg.hashsalt": "loracle",  # the same bytes for the same figure
 }
 

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from .config import ToyError, convert
+from .config import ToyError, UsageError, convert
 from .statistics import Interval, interval
 
 SCHEMA = 1
 PUBLISHED = Path(__file__).parent / "results"
 
 T = TypeVar("T")
+Setting = bool | int | float | str | tuple[bool | int | float | str, ...]
 Verdict = Literal["shown", "not shown", "not measured"]
 
 
@@ -99,7 +100,7 @@ class Results:
     schema: int
     slug: str
     quick: bool
-    config: dict[str, Any]
+    config: dict[str, Setting]
     seeds: tuple[int, ...]
     device: str
     threads: int
@@ -196,7 +197,10 @@ def read_json(path: Path, kind: type[T]) -> T:
         raise ToyError(f"{path} could not be read: {error.strerror}") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise ToyError(f"{path} is not whole, valid JSON: {error}") from None
-    return convert(tree, kind, str(path))  # type: ignore[no-any-return]
+    try:
+        return convert(tree, kind, str(path))  # type: ignore[no-any-return]
+    except UsageError as error:  # the fault lies with the file, not with the command
+        raise ToyError(str(error)) from None
 
 
 def _refuse_constant(name: str) -> float:

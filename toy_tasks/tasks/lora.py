@@ -6,6 +6,7 @@ gradient descent, with s = alpha / r and with s = alpha / sqrt(r). `digits`: an 
 is adapted to the same digits turned by 90 degrees; the accuracy it loses on upright ones is what it forgets.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ...reference._adapters import replace_linears
 from ...reference.lora import LoRALinear
 from .. import plotting
+from ..config import convert
 from ..datasets import Split, draw_orthonormal, draw_whitened, load_digits
 from ..experiment import Measurements, Part, Quantity, Trial
 from ..models import Params, Stack, make_linear, make_mlp
@@ -178,13 +180,7 @@ class _Shift:
     def adapters(self, trial: Trial, **settings: Any) -> Stack:
         """The layers with fresh adapters beside them."""
         pairs = zip(self.layers, trial.generators(stream=1), strict=True)
-        return Stack([LoRALinear(_copy(layer), generator=generator, **settings) for layer, generator in pairs], trial.device)
-
-
-def _copy(layer: nn.Linear) -> nn.Linear:
-    copy = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta").to_empty(device="cpu")
-    copy.load_state_dict(layer.state_dict())
-    return copy
+        return Stack([LoRALinear(copy.deepcopy(layer), generator=generator, **settings) for layer, generator in pairs], trial.device)
 
 
 def run_tail(config: Config, trial: Trial) -> Measurements:
@@ -193,10 +189,7 @@ def run_tail(config: Config, trial: Trial) -> Measurements:
     tick = trial.counter((len(config.tail_ranks) + 1) * config.tail_steps)
     gaps = []
     for rank in (*config.tail_ranks, None):
-        if rank:
-            stack = problem.adapters(trial, rank=rank, alpha=config.tail_alpha_per_rank * rank)
-        else:
-            stack = Stack([_copy(layer) for layer in problem.layers], trial.device)
+        stack = problem.adapters(trial, rank=rank, alpha=config.tail_alpha_per_rank * rank) if rank else Stack(problem.layers, trial.device)
         trained = train(partial(problem.loss, stack), stack.trainable, adam(config.tail_lr), steps=config.tail_steps, every=10, tick=tick)
         final = trained.losses[:, -1]
         tail = sum(value**2 for value in sorted(config.spectrum, reverse=True)[rank:]) if rank else 0.0
@@ -292,11 +285,12 @@ PARTS = (
 
 
 def figure(results: Results) -> Figure:
-    """Four panels: final loss against the rank, loss curves for either scaling, accuracy on turned and upright digits."""
-    fig, (tail, slow, fast, digits) = plotting.make_figure(2, QUESTION, rows=2)
-    metrics, config = results.metrics, results.config
+    """Four panels: final loss against the rank, accuracy on turned and upright digits, loss curves for either scaling."""
+    fig, (tail, digits, slow, fast) = plotting.make_figure(2, QUESTION, rows=2)
+    metrics = results.metrics
+    config: Config = convert(results.config, Config, "config")
 
-    ranks = config["tail_ranks"]
+    ranks = config.tail_ranks
     plotting.draw_points(tail, ranks, [metrics[f"tail.rank_{rank}.loss"] for rank in ranks], "LoRA, trained", 1)
     tails = [metrics[f"tail.rank_{rank}.tail"].values[0] or 0.0 for rank in ranks]
     tail.plot(ranks, tails, color="black", linestyle=":", linewidth=3, label="Eckart-Young tail", zorder=1)
@@ -304,13 +298,12 @@ def figure(results: Results) -> Figure:
     tail.legend()
 
     for ax, scaling, formula in ((slow, "lora", r"$\alpha\,/\,r$"), (fast, "rslora", r"$\alpha\,/\sqrt{r}$")):
-        for i, rank in enumerate(config["rslora_ranks"]):
+        for i, rank in enumerate(config.rslora_ranks):
             plotting.draw_curve(ax, results.curves[f"rslora.{scaling}_{rank}.loss"], f"rank {rank}", i)
-        ax.set(title=f"Scaled by {formula}", xlabel="step of gradient descent", ylabel="loss", yscale="log")
-    slow.sharey(fast)
-    slow.legend(ncols=2)
+        ax.set(title=f"Scaled by {formula}", xlabel="step of gradient descent", ylabel="loss", ylim=(0, 32))
+    fast.legend()
 
-    variants = ["frozen", *(f"rank_{rank}" for rank in config["digits_ranks"]), "full"]
+    variants = ["frozen", *(f"rank_{rank}" for rank in config.digits_ranks), "full"]
     series = {f"{kind} digits": [metrics[f"digits.{variant}.{kind}"] for variant in variants] for kind in ("turned", "upright")}
     plotting.draw_bars(digits, [variant.replace("rank_", "r = ") for variant in variants], series)
     digits.set(title="What is learnt and what is forgotten", ylabel="test accuracy", ylim=(0, 1.3), yticks=[0, 0.25, 0.5, 0.75, 1])
