@@ -1,0 +1,456 @@
+"""The docs site: every code block is run or says why not, every numbered equation is checked, nothing comes from outside."""
+
+import ast
+import contextlib
+import copy
+import doctest
+import html.parser
+import importlib
+import inspect
+import io
+import os
+import pkgutil
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import loracle.reference
+import markdown
+import mkdocs.config
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "tutorials").rglob("*.md"))
+SLUGS = sorted(module.name for module in pkgutil.iter_modules(loracle.reference.__path__) if not module.name.startswith("_"))
+SECONDS_PER_PAGE, SECONDS_PER_BUILD = 10, 60
+NOT_RUN = "not run here: "
+
+by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT / "tutorials")))
+
+
+class Block(NamedTuple):
+    """A fenced block as superfences reads it: its options, its text in the page and its text with included files."""
+
+    language: str
+    options: dict[str, str]
+    raw: str
+    code: str
+
+
+# Reading a page
+
+
+def read_blocks(text: str) -> list[Block]:
+    """All code blocks of a page in order. Raises ValueError if something looks like code but is not a fenced block."""
+    opened = _count_openings(text)
+    raw, pre = _superfences(text, snippets=False)
+    if len(raw) != opened:
+        raise ValueError(f"{opened} fences are opened, but {len(raw)} are read as blocks: a header is malformed or a fence is not closed")
+    if pre:
+        raise ValueError("a code block is indented instead of fenced, so that nothing says how it is checked")
+    expanded, _ = _superfences(text, snippets=True)
+    return [Block(language, options, body, full) for (language, options, body), (_, _, full) in zip(raw, expanded, strict=True)]
+
+
+def _superfences(text: str, *, snippets: bool) -> tuple[list[tuple[str, dict[str, str], str]], bool]:
+    """Blocks, found by the site's own Markdown extensions with a fence that records, and whether any other code is left."""
+    found = []
+
+    def validate(language: str, inputs: dict[str, str], options: dict[str, Any], attrs: dict[str, Any], md: markdown.Markdown) -> bool:
+        options.update(inputs)
+        return True
+
+    def record(source: str, language: str, css_class: str, options: dict[str, Any], md: markdown.Markdown, **kwargs: Any) -> str:
+        found.append((language, dict(options), source))
+        return "<i></i>"
+
+    config = mkdocs.config.load_config(str(ROOT / "mkdocs.yml"))
+    extensions = [name for name in config.markdown_extensions if snippets or name != "pymdownx.snippets"]
+    settings = copy.deepcopy({name: value for name, value in config.mdx_configs.items() if name in extensions})
+    settings["pymdownx.superfences"] = {"custom_fences": [{"name": "*", "class": "", "validator": validate, "format": record}]}
+    if snippets:
+        settings["pymdownx.snippets"]["base_path"] = [str(ROOT)]
+    page = markdown.Markdown(extensions=extensions, extension_configs=settings).convert(text)
+    return found, "<pre" in page
+
+
+def _count_openings(text: str) -> int:
+    count, fence = 0, ""
+    for line in text.splitlines():
+        match = re.match(r"[\s>]*(`{3,}|~{3,})(.*)", line)
+        if not match:
+            continue
+        if not fence:
+            count, fence = count + 1, match[1]
+        elif match[1].startswith(fence) and not match[2].strip():
+            fence = ""
+    return count
+
+
+def block_class(block: Block) -> str:
+    """How a block is checked. Raises ValueError unless exactly one way applies."""
+    is_snippet = not re.sub(r'--8<-- "[^"]+"|--8<--\n.*?\n--8<--', "", block.raw, flags=re.S).strip()
+    title = block.options.get("title", "")
+    ways = {
+        "markdown-exec": block.language == "python" and block.options.get("exec") == "true",
+        "real file": bool(block.raw.strip()) and is_snippet and "exec" not in block.options,
+        "no-run": title.startswith(NOT_RUN) and len(title) > len(NOT_RUN),
+        "executed": block.language == "python" and not block.options and not is_snippet,
+        "console": block.language == "console" and not block.options and not is_snippet,
+    }
+    found = [way for way, applies in ways.items() if applies]
+    if len(found) != 1:
+        raise ValueError(
+            f"a block is in {len(found)} classes {found}, not in one of {list(ways)}: {block.language} {block.options}\n{block.raw}"
+        )
+    return found[0]
+
+
+# Running a page
+
+
+def run_page(text: str, *, session: str, mutate: bool = False) -> list[str]:
+    """Run a page's blocks in order in one namespace. With `mutate`, return each changed formula that no check noticed."""
+    shared: dict[str, Any] = {"__name__": "page"}
+    survivors = []
+    with torch.random.fork_rng(), contextlib.redirect_stdout(io.StringIO()):
+        for number, block in enumerate(read_blocks(text), 1):
+            way = block_class(block)
+            if way == "console":
+                run_console(block.code)
+            if way not in {"markdown-exec", "executed"}:
+                continue
+            if block.options.get("session", session) != session:
+                raise ValueError(
+                    f"block {number} has session {block.options['session']!r}; a page has one, named like its file: {session!r}"
+                )
+            alone = way == "markdown-exec" and "session" not in block.options
+            namespace = {"__name__": "page"} if alone else shared
+            if mutate:
+                survivors += _unnoticed(block.code, namespace)
+            exec(compile(block.code, f"<block {number} of {session}>", "exec"), namespace)
+    return survivors
+
+
+def run_console(code: str) -> None:
+    """Run each `$ command` and compare what it prints with the lines below it; `...` stands for anything."""
+    for part in re.split(r"^\$ ", code, flags=re.M)[1:]:
+        command, _, expected = part.partition("\n")
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        environment = os.environ | {"PATH": path, "NO_COLOR": "1", "COLUMNS": "100"}
+        done = subprocess.run(shlex.split(command), cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if not doctest.OutputChecker().check_output(expected.rstrip() + "\n", done.stdout.rstrip() + "\n", doctest.ELLIPSIS):
+            raise AssertionError(f"$ {command}\nprinted\n{done.stdout}\nbut the page says\n{expected}")
+
+
+def marked_lines(code: str) -> dict[int, str]:
+    """The lines of a block that compute a numbered equation: line number -> equation number."""
+    return {line: match[1] for line, text in enumerate(code.splitlines(), 1) if (match := re.search(r"# \((\d+)\)$", text))}
+
+
+def mutants(expression: ast.expr) -> Iterator[ast.expr]:
+    """The expression changed in its sign or by a factor 2, in one sum, difference, product or quotient, or in one constant."""
+    yield ast.UnaryOp(ast.USub(), expression)
+    yield ast.BinOp(ast.Constant(2), ast.Mult(), expression)
+    inside = {id(node) for subscript in ast.walk(expression) if isinstance(subscript, ast.Subscript) for node in ast.walk(subscript.slice)}
+    for position, node in enumerate(ast.walk(expression)):
+        for change in _changes(node) if id(node) not in inside else []:
+            changed = copy.deepcopy(expression)
+            holder = ast.Expression(changed)
+            target = list(ast.walk(changed))[position]
+            yield _replace(holder, target, change).body
+
+
+def _changes(node: ast.AST) -> list[ast.expr]:
+    double = ast.Constant(2)
+    match node:
+        case ast.BinOp(left, ast.Add() | ast.Sub() as op, right):
+            other = ast.Sub() if isinstance(op, ast.Add) else ast.Add()
+            return [
+                ast.BinOp(left, other, right),
+                ast.BinOp(ast.BinOp(double, ast.Mult(), left), op, right),
+                ast.BinOp(left, op, ast.BinOp(double, ast.Mult(), right)),
+            ]
+        case ast.BinOp(_, ast.Mult(), right):
+            return [right]
+        case ast.BinOp(left, ast.Div(), _):
+            return [left]
+        case ast.Constant(int() | float() as value) if not isinstance(value, bool):
+            return [ast.Constant(value + 1)]
+    return []
+
+
+def _replace(holder: ast.Expression, target: ast.AST, change: ast.expr) -> ast.Expression:
+    class Replace(ast.NodeTransformer):
+        def visit(self, node: ast.AST) -> Any:
+            return copy.deepcopy(change) if node is target else self.generic_visit(node)
+
+    return Replace().visit(holder)
+
+
+def _unnoticed(code: str, namespace: dict[str, Any]) -> list[str]:
+    """Change each marked formula of a block in each way, run the block; return the changes that raise no AssertionError."""
+    survivors = []
+    states = {name: value.get_state() for name, value in namespace.items() if isinstance(value, torch.Generator)}
+    for line, number in marked_lines(code).items():
+        tree = ast.parse(code)
+        statements = [node for node in ast.walk(tree) if isinstance(node, ast.Assign) and node.lineno <= line <= (node.end_lineno or 0)]
+        if len(statements) != 1:
+            raise ValueError(f"({number}) marks a line that assigns nothing: {code.splitlines()[line - 1]}")
+        (statement,) = statements
+        for value in mutants(statement.value):
+            original, statement.value = statement.value, value
+            try:
+                exec(compile(ast.fix_missing_locations(tree), f"<({number}) changed>", "exec"), dict(namespace))
+            except AssertionError:
+                pass
+            else:
+                survivors.append(f"({number}) {ast.unparse(statement)}")
+            statement.value = original
+            for name, state in states.items():
+                namespace[name].set_state(state)
+    return survivors
+
+
+# The pages
+
+
+@by_page
+def test_every_block_is_checked_in_one_way(page: Path) -> None:
+    for block in read_blocks(page.read_text()):
+        block_class(block)
+
+
+@by_page
+def test_the_blocks_run(page: Path) -> None:
+    start = time.perf_counter()
+    run_page(page.read_text(), session=page.stem)
+    assert time.perf_counter() - start < SECONDS_PER_PAGE
+
+
+@by_page
+def test_a_changed_formula_is_noticed(page: Path) -> None:
+    survivors = run_page(page.read_text(), session=page.stem, mutate=True)
+    assert not survivors, "no check notices:\n" + "\n".join(survivors)
+
+
+@by_page
+def test_every_numbered_equation_has_its_line(page: Path) -> None:
+    text = page.read_text()
+    tags = re.findall(r"\\tag\{(\d+)\}", text)
+    lines = [number for block in read_blocks(text) for number in marked_lines(block.code).values()]
+    assert tags == [str(number) for number in range(1, len(tags) + 1)]
+    assert sorted(lines, key=int) == tags
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_every_paper_has_its_pages(slug: str) -> None:
+    assert (ROOT / "tutorials/papers" / f"{slug}.md").is_file()
+    assert f"::: reference.{slug}\n" in (ROOT / "tutorials/api" / f"{slug}.md").read_text()
+
+
+def test_every_parameter_is_in_the_notation_table() -> None:
+    table = re.findall(r"^\| (`.*?) \|", (ROOT / "tutorials/notation.md").read_text(), flags=re.M)
+    names = [name for cell in table for name in re.findall(r"`(\w+)`", cell)]
+    assert len(names) == len(set(names)), "a name is in the table twice"
+    missing = {name: user for slug in SLUGS for name, user in parameters(slug).items() if name not in names}
+    assert not missing, f"not in tutorials/notation.md: {missing}"
+
+
+def parameters(slug: str) -> dict[str, str]:
+    """Parameter names of the public functions, classes and methods of a reference file, each with a function that has it."""
+    module = importlib.import_module(f"loracle.reference.{slug}")
+    found = {}
+    for name, item in vars(module).items():
+        if name.startswith("_") or getattr(item, "__module__", "") != module.__name__ or not callable(item) or hasattr(item, "_fields"):
+            continue
+        methods = [method for key, method in vars(item).items() if inspect.isfunction(method) and re.match("__init__$|[^_]", key)]
+        for function in methods if inspect.isclass(item) else [item]:
+            found |= {parameter: f"{slug}.{name}" for parameter in inspect.signature(function).parameters if parameter != "self"}
+    return found
+
+
+# The checks above can fail
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("```\nplain\n```\n", "0 classes"),
+        ("```python title='x'\nprint()\n```\n", "0 classes"),
+        ("```bash\nls\n```\n", "0 classes"),
+        ('```bash title="not run here: "\nls\n```\n', "0 classes"),
+        ('```bash exec="true"\nls\n```\n', "0 classes"),
+        ('```python exec="no"\nprint()\n```\n', "0 classes"),
+        ('```python exec="true" title="not run here: slow"\nprint()\n```\n', "2 classes"),
+        ("!!! note\n\n    ```bash\n    ls\n    ```\n", "0 classes"),
+        ("- item\n\n    ```bash\n    ls\n    ```\n", "0 classes"),
+        ("```python exec=\n1\n```\n", "1 fences are opened, but 0"),
+        ("```python\n1\n", "1 fences are opened, but 0"),
+        ("text\n\n    indented code\n", "indented"),
+    ],
+)
+def test_an_unclassified_block_is_found(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        [block_class(block) for block in read_blocks(text)]
+
+
+@pytest.mark.parametrize(
+    ("text", "way"),
+    [
+        ("```python\nprint()\n```\n", "executed"),
+        ('```python exec="true" source="above"\nprint()\n```\n', "markdown-exec"),
+        ('```python exec="true"\n--8<--\ntutorials/_page.py\n--8<--\n```\n', "markdown-exec"),
+        ("```python\n--8<--\ntutorials/_page.py:check\n--8<--\n```\n", "real file"),
+        ('```text\n--8<-- "tutorials/assets/vendor/katex/LICENSE"\n```\n', "real file"),
+        ('```bash title="not run here: needs a GPU"\nls\n```\n', "no-run"),
+        ("```console\n$ python -c 'print(1)'\n1\n```\n", "console"),
+    ],
+)
+def test_each_class_is_known(text: str, way: str) -> None:
+    (block,) = read_blocks(text)
+    assert block_class(block) == way
+
+
+@pytest.mark.parametrize("text", ["```python\nassert False\n```\n", "```console\n$ python -c 'print(1)'\n2\n```\n"])
+def test_a_block_that_fails_is_found(text: str) -> None:
+    with pytest.raises(AssertionError):
+        run_page(text, session="page")
+
+
+def test_a_check_that_checks_nothing_is_found() -> None:
+    text = "```python\na = 3 + 4  # (1)\nassert {}\n```\n"
+    assert run_page(text.format("a == 7"), session="page", mutate=True) == []
+    assert "(1) a = -(3 + 4)" in run_page(text.format("a**2 == 49"), session="page", mutate=True)
+    assert len(run_page(text.format("True"), session="page", mutate=True)) == 7
+
+
+def test_blocks_share_a_namespace() -> None:
+    run_page('```python\na = 1\n```\n\n```python exec="true" session="page"\nassert a == 1\n```\n', session="page")
+
+
+# The built site
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "true"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - start < SECONDS_PER_BUILD
+    return folder
+
+
+class Links(html.parser.HTMLParser):
+    """What a page links to, what it loads, and the anchors that it has."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.loads: list[str] = []
+        self.anchors: set[str] = {""}
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for key, value in attrs:
+            if value is None:
+                continue
+            if key in {"id", "name"}:
+                self.anchors.add(value)
+            elif tag == "a" and key == "href":
+                self.links.append(value)
+            elif key in {"src", "href", "data", "poster"}:
+                self.loads.append(value)
+            elif key == "srcset":
+                self.loads += [part.split()[0] for part in value.split(",")]
+            elif key == "style":
+                self.loads += css_loads(value)
+
+
+def css_loads(text: str) -> list[str]:
+    """What a style sheet loads."""
+    return [a or b for a, b in re.findall(r"""url\(\s*["']?([^"')]+)|@import\s+["']([^"']+)""", text)]
+
+
+def is_outside(address: str) -> bool:
+    return address.startswith("//") or urllib.parse.urlsplit(address).scheme not in {"", "data"}
+
+
+def test_nothing_is_loaded_from_outside(site: Path) -> None:
+    loads = {(path, item) for path in site.rglob("*.html") for item in Links(path.read_text()).loads}
+    loads |= {(path, item) for path in site.rglob("*.css") for item in css_loads(path.read_text())}
+    outside = [f"{path.relative_to(site)}: {item}" for path, item in sorted(loads) if is_outside(item)]
+    assert loads
+    assert not outside, "\n".join(outside)
+
+
+def test_every_link_leads_somewhere(site: Path) -> None:
+    pages = {path: Links(path.read_text()) for path in site.rglob("*.html")}
+    broken = []
+    for path, page in pages.items():
+        for link in page.links + page.loads:
+            parts = urllib.parse.urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            base = site if parts.path.startswith("/") else path.parent
+            target = (base / urllib.parse.unquote(parts.path).lstrip("/")).resolve() if parts.path else path
+            if target.is_dir():
+                target = target / "index.html"
+            if not target.is_file() or (target in pages and urllib.parse.unquote(parts.fragment) not in pages[target].anchors):
+                broken.append(f"{path.relative_to(site)}: {link}")
+    assert not broken, "\n".join(broken)
+
+
+def test_something_from_outside_would_be_found() -> None:
+    page = Links('<script src="https://a.test/x.js"></script><p style="background: url(//b.test/y.png)"><a href="https://c.test">text</a>')
+    assert [item for item in page.loads if is_outside(item)] == ["https://a.test/x.js", "//b.test/y.png"]
+    assert css_loads("@import 'https://a.test/z.css'; b{src:url(fonts/a.woff2)}") == ["https://a.test/z.css", "fonts/a.woff2"]
+
+
+def browse(address: str, folder: Path) -> tuple[str, set[str]]:
+    """The page as a browser without a network shows it, and what it asked of the network."""
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("no Chromium on this machine")
+    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync"
+    options = {
+        "host-resolver-rules": "MAP * ~NOTFOUND",
+        "log-net-log": folder / "net.json",
+        "user-data-dir": folder / "user",
+        "virtual-time-budget": 10000,
+    }
+    command = [program, *(f"--{flag}" for flag in flags.split()), *(f"--{key}={value}" for key, value in options.items())]
+    done = subprocess.run([*command, "--dump-dom", address], capture_output=True, text=True, timeout=120)
+    # One event a line. Requests that the browser makes for itself (time, updates) have the initiator "not an origin".
+    events = [line for line in (folder / "net.json").read_text().splitlines() if re.search(r'"initiator":"(?!not an origin")', line)]
+    return done.stdout, set(re.findall(r'"url":"(https?://[^"]+)"', "\n".join(events)))
+
+
+def test_a_browser_sets_the_mathematics(site: Path, tmp_path: Path) -> None:
+    page, requests = browse((site / "papers/lora.html").as_uri(), tmp_path)
+    formulas = (site / "papers/lora.html").read_text().count('class="arithmatex"')
+    assert page.count('class="katex"') >= formulas > 100
+    assert "katex-error" not in page
+    assert not requests
+
+
+def test_the_search_answers_from_a_folder(site: Path, tmp_path: Path) -> None:
+    page, requests = browse((site / "index.html").as_uri() + "?q=gauge", tmp_path)
+    assert re.search(r'href="[^"]*papers/lora\.html#many-factors-one-product" class="md-search-result__link"', page)
+    assert not requests
+
+
+def test_a_request_would_be_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text('<script src="https://a.test/x.js"></script>')
+    assert browse(page.as_uri(), tmp_path)[1] == {"https://a.test/x.js"}
