@@ -2,7 +2,7 @@
 
 import typer
 
-from . import toy
+from . import oracle, toy
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -10,6 +10,8 @@ app = typer.Typer(
     help="Reference implementation and test oracle for low-rank adaptation (LoRA).",
 )
 app.add_typer(toy.app, name="toy")
+app.command()(oracle.check)
+app.command()(oracle.adapter)
 
 
 def main() -> None:

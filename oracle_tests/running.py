@@ -1,0 +1,260 @@
+"""Run laws against an implementation: the one road that pytest, `loracle check` and the Python call all take."""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, settings
+
+from .contract import UsageError, nearest
+from .explain import explain
+from .law import Law, laws_of, new_ledger, run_case
+from .loading import Implementation, MissingFunction, load
+
+PROFILES = {"quick": 10, "default": 50, "deep": 1000}
+OUTCOMES = ("holds", "fails", "missing", "expected to fail", "skipped")
+
+
+class LawTimeout(BaseException):
+    """A law took too long. No Exception: Hypothesis would shrink it, and wait as long for each smaller case."""
+
+
+@dataclass
+class Result:
+    """What became of one law. `worst` is the largest error in tolerances; `explanation` is the whole text of a failure."""
+
+    law: str
+    says: str
+    outcome: str
+    message: str = ""
+    explanation: str = ""
+    derived: tuple[str, ...] = ()
+    cases: int = 0
+    worst: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass
+class Report:
+    """All results of one run."""
+
+    paper: str
+    implementation: str
+    options: dict[str, Any]
+    results: list[Result] = field(default_factory=list)
+
+    def count(self, outcome: str) -> int:
+        """Number of results with this outcome."""
+        return sum(r.outcome == outcome for r in self.results)
+
+    @property
+    def exit_code(self) -> int:
+        """0 all that was checked holds, 1 some law fails, 2 nothing was checked."""
+        if self.count("fails"):
+            return 1
+        return 0 if self.count("holds") + self.count("expected to fail") else 2
+
+
+def evaluate(law: Law, impl: Implementation | None, *, profile: str = "default", time_limit: float = 30.0) -> Result:
+    """Hold an implementation against one law (`None`: check a theorem), and explain a failure on its smallest case."""
+    result, started = Result(law.id, law.says, "holds"), time.perf_counter()
+    lacking = [need for need in law.needs if impl is None or not impl.provides(need)]
+    if lacking:
+        result.outcome, result.message = "missing", f"the implementation has no {', '.join(lacking)}"
+        return result
+    ledger, last = new_ledger(law, impl), {}
+    if impl is not None:
+        impl.derived.clear()
+
+    def one_case(case: Any) -> None:
+        result.cases += 1
+        last["case"] = case  # the smallest failing case is replayed last
+        run_case(law, impl, case, ledger)
+
+    try:
+        with limited(time_limit):
+            count = min(PROFILES[profile], law.examples or PROFILES[profile])
+            _settings(count, Phase.generate, Phase.shrink)(given(case=law.cases)(one_case))()
+    except MissingFunction as error:
+        result.outcome, result.message = "missing", f"the implementation has no {error}"
+    except LawTimeout:
+        result.outcome, result.message = "fails", f"took longer than {time_limit:g} seconds"
+        result.explanation = explain(law, impl, last.get("case"), TimeoutError(result.message))
+    except Exception as error:
+        result.outcome, result.message = "fails", _first_line(error)
+        with contextlib.suppress(LawTimeout), limited(time_limit):
+            result.explanation = explain(law, impl, last.get("case"), error)
+    else:
+        if not ledger.compared and ledger.too_coarse:
+            result.outcome, result.message = "skipped", f"precision of {impl.dtype if impl else 'float64'} is too low to tell in every case"
+    result.worst = ledger.worst
+    result.derived = tuple(sorted(impl.derived)) if impl is not None else ()
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+def collect_cases(law: Law, count: int) -> list[Any]:
+    """The first `count` cases of a law, the same ones every time."""
+    cases: list[Any] = []
+
+    def keep(case: Any) -> None:
+        cases.append(case)
+
+    _settings(count, Phase.generate)(given(case=law.cases)(keep))()
+    return cases
+
+
+def _settings(count: int, *phases: Phase) -> settings:
+    """Settings chosen now: a profile that is loaded after import has no effect on a finished test."""
+    return settings(
+        max_examples=count,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        print_blob=False,
+        report_multiple_bugs=False,
+        phases=phases,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def replay(law: Law, impl: Implementation | None, cases: list[Any]) -> Exception | None:
+    """Run a law on given cases without Hypothesis; the first failure, or None. For mistakes, mutants and diagnosis."""
+    ledger = new_ledger(law, impl)
+    for case in cases:
+        try:
+            run_case(law, impl, case, ledger)
+        except Exception as error:
+            return error
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+    return kind + (str(error).strip().splitlines() or [""])[0]
+
+
+@contextlib.contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raise LawTimeout inside this context after so many seconds (POSIX, main thread; elsewhere without effect)."""
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(signum: int, frame: Any) -> None:
+        raise LawTimeout
+
+    previous = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def check(
+    implementation: Any,
+    *,
+    paper: str,
+    laws: list[str] | None = None,
+    profile: str = "default",
+    expected_failures: dict[str, str] | None = None,
+    time_limit: float = 30.0,
+    isolate: bool = False,
+    on_result: Callable[[Result], None] | None = None,
+    **options: Any,
+) -> Report:
+    """Hold an implementation against the laws of a paper.
+
+    Args:
+        implementation: "package.module", "file.py", either with ":object"; or a module, object or dict of functions.
+        paper: slug, for example "lora".
+        laws: ids to run (default: all of the paper).
+        profile: "quick" (10 cases a law), "default" (50) or "deep" (1000).
+        expected_failures: law id -> reason; such a law has to fail.
+        time_limit: seconds a law may take.
+        isolate: run each law in a process of its own, which ends hangs inside compiled code too; needs a name, no object.
+        on_result: called with each result as it comes.
+        options: arrays, dtype, device, generator, tolerance: override the implementation's `LORACLE` record.
+
+    Raises:
+        UsageError: the implementation, paper, law, profile or option is unknown or unusable.
+    """
+    if profile not in PROFILES:
+        raise UsageError(f"there is no profile {profile!r}{nearest(profile, PROFILES)}; known: {', '.join(PROFILES)}")
+    impl = load(implementation, paper=paper, **options)
+    chosen = [law for law in laws_of(paper) if not law.is_theorem]
+    for id in [*(laws or []), *(expected_failures or {})]:
+        if id.partition(".")[0] == paper and id not in (ids := [law.id for law in chosen]):
+            raise UsageError(f"there is no law {id!r}{nearest(id, ids)}; laws of {paper}: {', '.join(ids)}")
+    if laws is not None:
+        chosen = [law for law in chosen if law.id in laws]
+    if isolate and not isinstance(implementation, str):
+        raise UsageError("isolate needs the implementation's name or file, which another process can load, not an object")
+    report = Report(paper, impl.name, describe(impl))
+    for law in chosen:
+        if isolate:
+            result = _evaluate_isolated(implementation, law, profile, time_limit, options)
+        else:
+            result = evaluate(law, impl, profile=profile, time_limit=time_limit)
+        report.results.append(expect_failure(result, expected_failures or {}))
+        if on_result:
+            on_result(report.results[-1])
+    return report
+
+
+def describe(impl: Implementation) -> dict[str, Any]:
+    """The options under which an implementation runs, for reports."""
+    return {
+        "arrays": impl.arrays,
+        "dtype": impl.dtype,
+        "device": impl.device,
+        "generator": impl.generator,
+        "tolerance": impl.tolerance_factor,
+    }
+
+
+def expect_failure(result: Result, expected: dict[str, str]) -> Result:
+    """Turn a failure that the user expects into that outcome, and one that no longer happens into a failure."""
+    if result.law not in expected:
+        return result
+    if result.outcome == "fails":
+        result.outcome, result.message = "expected to fail", expected[result.law]
+    elif result.outcome == "holds":
+        result.outcome = "fails"
+        result.message = f"holds, but is listed in expected_failures ({expected[result.law]}): take it off the list"
+        result.explanation = f"{result.law} {result.message}"
+    return result
+
+
+def _evaluate_isolated(spec: str, law: Law, profile: str, time_limit: float, options: dict[str, Any]) -> Result:
+    """`evaluate` in another process, which is ended when it hangs."""
+    task = json.dumps({"spec": spec, "law": law.id, "profile": profile, "time_limit": time_limit, "options": options})
+    command = [sys.executable, "-c", "from loracle.oracle_tests.running import _child; _child()"]
+    try:
+        # Loading torch and the implementation takes some seconds before the law's own time begins
+        done = subprocess.run(command, input=task, capture_output=True, text=True, timeout=2 * time_limit + 60)
+    except subprocess.TimeoutExpired:
+        return Result(law.id, law.says, "fails", f"hangs: its process was ended after {2 * time_limit + 60:g} seconds")
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        return Result(law.id, law.says, "fails", f"its process ended with code {done.returncode} and said: {said}")
+    return Result(**{**json.loads(lines[-1]), "derived": tuple(json.loads(lines[-1])["derived"])})
+
+
+def _child() -> None:
+    """The other process: a task as JSON on standard input, the result as JSON on the last line of standard output."""
+    task = json.loads(sys.stdin.read())
+    paper = task["law"].partition(".")[0]
+    impl = load(task["spec"], paper=paper, **task["options"])
+    law = next(law for law in laws_of(paper) if law.id == task["law"])
+    print("\n" + json.dumps(asdict(evaluate(law, impl, profile=task["profile"], time_limit=task["time_limit"]))))

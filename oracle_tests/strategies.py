@@ -1,0 +1,64 @@
+"""Hypothesis strategies and seeded matrices from which papers build their cases.
+
+A case is drawn as a few small numbers and a seed; its matrices come from the seed. Shapes are small first and entries are
+small whole numbers first, so that the smallest failing case can be read.
+"""
+
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+ENTRIES = ("small whole numbers", "normal")
+
+
+def sides(low: int = 1, high: int = 8) -> st.SearchStrategy[int]:
+    """A side of a matrix."""
+    return st.integers(low, high)
+
+
+def seeds() -> st.SearchStrategy[int]:
+    """A seed for `matrices` or for a generator."""
+    return st.integers(0, 2**32 - 1)
+
+
+def entries() -> st.SearchStrategy[str]:
+    """Which kind of entries `matrices` makes."""
+    return st.sampled_from(ENTRIES)
+
+
+class Matrices:
+    """Matrices drawn one after the other from one seed, by NumPy's PCG64.
+
+    Args:
+        seed: the seed.
+        entries: "small whole numbers" (-3 to 3, no zero) or "normal" (mean 0, width 1).
+    """
+
+    def __init__(self, seed: int, entries: str = "normal") -> None:
+        self.rng = np.random.Generator(np.random.PCG64(seed))
+        self.entries = entries
+
+    def __call__(self, *shape: int) -> np.ndarray:
+        """An array of the given shape."""
+        if self.entries == "normal":
+            return self.rng.standard_normal(shape)
+        return self.rng.choice([1.0, 2.0, 3.0, -1.0, -2.0, -3.0], size=shape)
+
+    def mask(self, *shape: int) -> np.ndarray:
+        """A boolean array, each entry True or False with equal probability."""
+        return self.rng.random(shape) < 0.5
+
+    def orthonormal(self, rows: int, columns: int) -> np.ndarray:
+        """A matrix with orthonormal columns (rows >= columns), uniformly distributed."""
+        q, r = np.linalg.qr(self.rng.standard_normal((rows, columns)))
+        return q * np.where(np.diag(r) < 0, -1.0, 1.0)
+
+    def with_spectrum(self, rows: int, columns: int, singular_values: Any) -> np.ndarray:
+        """A matrix with the given singular values and random singular vectors; missing values are zero."""
+        values = np.asarray(singular_values, float)
+        return (self.orthonormal(rows, len(values)) * values) @ self.orthonormal(columns, len(values)).T
+
+    def invertible(self, side: int, condition: float) -> np.ndarray:
+        """A square matrix with singular values spread from 1 to 1 / `condition`."""
+        return self.with_spectrum(side, side, np.geomspace(1, 1 / condition, side))
