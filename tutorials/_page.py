@@ -18,10 +18,13 @@ from loracle.toy_tasks.records import PUBLISHED, Results, read_results
 
 
 # --8<-- [start:check]
-def check(statement: str, found: torch.Tensor, expected: torch.Tensor, limit=1e-12) -> None:
+def check(what: str, found: Any, expected: Any, limit: float = 1e-12) -> None:
     """Print the relative error of `found`, and stop the page if it is above `limit`."""
+    found, expected = (
+        torch.as_tensor(value, dtype=torch.float64) for value in (found, expected)
+    )
     error = float((found - expected).norm() / expected.norm())
-    print(f"{statement}: relative error {error:.0e}")
+    print(f"{what}: relative error {error:.0e}")
     assert error <= limit
     # --8<-- [end:check]
 
