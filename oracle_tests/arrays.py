@@ -45,7 +45,7 @@ def to_numpy(value: Any) -> np.ndarray:
         value = value.detach().cpu()
         value = value.double().numpy() if value.is_floating_point() else value.numpy()
     array = np.asarray(value)
-    return array.astype(np.float64) if dtype_name(array).startswith(("float", "bfloat")) else array
+    return array.astype(np.float64) if array.dtype.kind in "fV" else array  # JAX's bfloat16 reaches NumPy as kind "V"
 
 
 def is_array(value: Any) -> bool:

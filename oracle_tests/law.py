@@ -178,7 +178,7 @@ def run_case(law: Law, impl: Any, case: Any, ledger: Ledger) -> None:
             if impl is None:
                 law.body(rounded)
             else:
-                law.body(impl, rounded)
+                impl.run(law.body, rounded)
         except TooCoarse:
             ledger.too_coarse += 1
 

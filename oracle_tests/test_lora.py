@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 from hypothesis import strategies as st
+
 from loracle.oracle_tests.law import assert_close, law, theorem
 from loracle.oracle_tests.loading import Derivation
 from loracle.oracle_tests.problems import LogisticRegression, slope
@@ -437,10 +438,10 @@ class Draws(NamedTuple):
 
 
 @st.composite
-def draws(draw: st.DrawFn, high: int = 8) -> Draws:
-    out_features, in_features = draw(sides(2, high)), draw(sides(2, high))
-    seed = draw(seeds())
-    return Draws(Matrices(seed)(out_features, in_features), draw(st.integers(1, min(out_features, in_features))), seed)
+def draws(draw: st.DrawFn) -> Draws:
+    """Layers whose starting A has at least 16 entries and 4 rows: a law needs few starts for many numbers."""
+    rank, seed = draw(st.integers(4, 6)), draw(seeds())
+    return Draws(Matrices(seed)(draw(st.integers(6, 12)), draw(st.integers(6, 12))), rank, seed)
 
 
 def _start_factors(impl, case, count, **options):
@@ -455,13 +456,13 @@ def _start_factors(impl, case, count, **options):
     needs=("init",),
     tolerance=2,
     cases=draws(),
-    examples=10,
+    examples=5,
 )
 def test_support_of_the_start(impl, case):
-    A, bound = _start_factors(impl, case, 200), 1 / np.sqrt(case.W0.shape[1])
+    A, bound = _start_factors(impl, case, 20), 1 / np.sqrt(case.W0.shape[1])
     beyond = np.maximum(np.abs(A) - bound, 0)
     assert_close(beyond, np.zeros_like(beyond), size=bound, what="part of A beyond the bound")
-    # 400 or more uniform entries all stay below 0.95 of the bound with probability below 2e-9
+    # 480 or more uniform entries all stay below 0.95 of the bound with probability 2e-11, none is below -0.9 with 2e-11
     assert np.abs(A).max() > 0.95 * bound, f"the largest entry of A is {np.abs(A).max()}, far inside the bound {bound}"
     assert A.min() < -0.9 * bound, f"the smallest entry of A is {A.min()}; the interval reaches down to {-bound}"
 
@@ -472,18 +473,17 @@ def test_support_of_the_start(impl, case):
     formula=r"\mathbb E[s^2 G A^\top A] = \tfrac{s^2 r}{3n} G",
     needs=("init", "scaling_factor.rslora"),
     tolerance=0,
-    cases=draws(high=6),
-    examples=6,
+    cases=draws(),
+    examples=3,
 )
 def test_scale_of_the_first_update(impl, case):
     n, alpha = case.W0.shape[1], 4.0
-    A = _start_factors(impl, case, 400)
-    products = np.einsum("drj,drk->djk", A, A)
-    # Entries of A are independent, |A_ij| <= 1/sqrt(n): six standard errors, false alarm below 1e-7 a case
-    error = 6 * products.std(axis=0, ddof=1) / np.sqrt(len(A)) + 1e-12
+    rows = _start_factors(impl, case, 100).reshape(-1, n)
+    products = np.einsum("rj,rk->rjk", rows, rows)
+    # 400 or more independent rows, bounded by three standard deviations: seven standard errors, false alarm below 1e-8 an entry
+    mean, error = case.rank * products.mean(axis=0), 7 * case.rank * products.std(axis=0, ddof=1) / np.sqrt(len(rows))
     plain = impl.scaling_factor(alpha=alpha, rank=case.rank) ** 2
     stable = impl.scaling_factor(alpha=alpha, rank=case.rank, rslora=True) ** 2
-    mean = products.mean(axis=0)
     assert_close(plain * mean, alpha**2 / (3 * n * case.rank) * np.eye(n), within=plain * error, what="mean of s^2 A'A with alpha/r")
     assert_close(stable * mean, alpha**2 / (3 * n) * np.eye(n), within=stable * error, what="mean of s^2 A'A with alpha/sqrt(r)")
 
@@ -495,7 +495,7 @@ def test_scale_of_the_first_update(impl, case):
     needs=("init",),
     tolerance=0,
     cases=draws(),
-    examples=10,
+    examples=5,
 )
 def test_seed_of_the_start(impl, case):
     first, other = _start_factors(impl, case, 2)
@@ -511,13 +511,14 @@ def test_seed_of_the_start(impl, case):
     needs=("init.distribution",),
     tolerance=0,
     cases=draws(),
-    examples=6,
+    examples=5,
 )
 def test_gaussian_start(impl, case):
-    A = case.rank * _start_factors(impl, case, 300, distribution="gaussian")
-    # Standard errors of the mean and of the second moment of N standard normal numbers: 1/sqrt(N) and sqrt(2/N)
+    A = case.rank * _start_factors(impl, case, 40, distribution="gaussian")
+    # Standard errors of the mean and of the second moment of N >= 960 normal numbers: 1/sqrt(N) and sqrt(2/N)
     assert_close(A.mean(), 0.0, within=6 / np.sqrt(A.size), what="mean of rank * A")
-    assert_close((A**2).mean(), 1.0, within=6 * np.sqrt(2 / A.size), what="mean square of rank * A")
+    assert_close((A**2).mean(), 1.0, within=7 * np.sqrt(2 / A.size), what="mean square of rank * A")
+    # All stay below two standard deviations with probability below 1e-19
     assert np.abs(A).max() > 2, f"none of {A.size} entries exceeds two standard deviations: no Gaussian"
 
 
@@ -608,7 +609,7 @@ class MaskCase(NamedTuple):
     needs=("draw_mask",),
     tolerance=0,
     cases=st.builds(MaskCase, x=st.builds(lambda seed: Matrices(seed)(60, 50), seeds()), p=st.sampled_from([0.5, 0.25, 0.1]), seed=seeds()),
-    examples=10,
+    examples=5,
 )
 def test_mask(impl, case):
     mask = impl.draw_mask(x=case.x, p=case.p, generator=case.seed)

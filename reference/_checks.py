@@ -1,5 +1,6 @@
 """Argument checks that every reference file shares: they read shapes and dtypes, and values only where named so."""
 
+import torch
 from torch import Tensor
 
 
@@ -50,11 +51,10 @@ def check_rank(rank: int, W0: Tensor) -> None:
 def check_finite(**tensors: Tensor) -> None:
     """Check that no entry is NaN or infinite, else raise ValueError. Reads every value: for set-up functions only."""
     for name, tensor in tensors.items():
-        bad = int((~tensor.isfinite()).sum())
-        if bad:
-            raise ValueError(
-                f"{name} has {bad} entries that are NaN or infinite, of {tensor.numel()}; repair the weights before adapting them"
-            )
+        low, high = torch.aminmax(tensor)  # NaN is passed on; a tenth of the time of isfinite().all()
+        if not (low.isfinite() and high.isfinite()):
+            bad = int((~tensor.isfinite()).sum())
+            raise ValueError(f"{name} has {bad} of {tensor.numel()} entries that are NaN or infinite; repair it before adapting the model")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -3,6 +3,7 @@
 import math
 
 import torch
+
 from loracle.oracle_tests.mistakes import mistake
 from loracle.reference import lora as right
 
