@@ -61,12 +61,12 @@ def list_experiments() -> None:
 def run(
     slug: Annotated[str, typer.Argument(help="Which experiment; `loracle toy list` names them.", show_default=False)],
     device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda. The random draws are the same on both.")] = "cpu",
-    seeds: Annotated[int | None, typer.Option(help="How many seeds, 0 to N-1.", show_default=f"{SEEDS}, {QUICK_SEEDS} if quick")] = None,
+    seeds: Annotated[int | None, typer.Option(help="How many seeds, 0 to N-1; with --quick 3.", show_default=str(SEEDS))] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few seconds, to see it work; the verdicts then mean nothing.")] = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of configs/SLUG.toml; may be repeated.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where to write.", show_default="runs/SLUG, runs/SLUG-quick if quick")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write.", show_default="runs/SLUG, or runs/SLUG-quick")] = None,
 ) -> None:
     """Run an experiment: measure, judge the paper's claims, write results.json and the figure.
 
@@ -216,5 +216,6 @@ def _range(claim: Judged) -> str:
 
 def _verdict(claim: Judged, quick: bool) -> str:
     style = "green" if claim.verdict == "shown" else "yellow"
-    note = "" if quick else "\nas expected" if claim.as_expected else "\n[bold]not as expected[/bold]"
-    return f"[{style}]{claim.verdict}[/{style}]{note}"
+    if quick or claim.verdict == "not measured":
+        return f"[{style}]{claim.verdict}[/{style}]"
+    return f"[{style}]{claim.verdict}[/{style}]\n" + ("as expected" if claim.as_expected else "[bold]not as expected[/bold]")

@@ -139,7 +139,8 @@ def judge(claim: Claim, metrics: Mapping[str, Metric]) -> Judged:
         values = metrics[claim.metric].values
         found = _paired(values, metrics[claim.baseline].values) if claim.baseline else interval(values)
         verdict = "shown" if _holds(found, claim) else "not shown"
-    return Judged(**dataclasses.asdict(claim), **found._asdict(), verdict=verdict, as_expected=(verdict == "shown") == claim.expected)
+    as_expected = verdict != "not measured" and (verdict == "shown") == claim.expected
+    return Judged(**dataclasses.asdict(claim), **found._asdict(), verdict=verdict, as_expected=as_expected)
 
 
 def _holds(found: Interval, claim: Claim) -> bool:
