@@ -84,7 +84,14 @@ def _law_program(law: Law, impl: Implementation, case: Any) -> str:
     fields = [f"    {k} = {literal(v, impl.dtype)}" for k, v in case._asdict().items() if k in used]
     return "\n".join(
         [
-            *_calling_lines(impl, derived),
+            "class case:  # the smallest input found",
+            *fields,
+            "",
+            "",
+            "\n\n\n".join(sources.values()),
+            "",
+            "",
+            "# How a law calls and compares",
             "",
             "",
             "def assert_close(got, want, *, size=1.0, conditioning=1.0, within=None, what='the result'):",
@@ -93,12 +100,7 @@ def _law_program(law: Law, impl: Implementation, case: Any) -> str:
             "    assert np.all(error <= tolerance), f'{what}: {got} is not {want}, off by {np.max(error)}'",
             "",
             "",
-            "class case:",
-            *fields,
-            "",
-            "",
-            "\n\n\n".join(sources.values()),
-            "",
+            *_calling_lines(impl, derived),
             "",
             f"{law.body.__name__}(implementation, case)",
             f'print("{law.id} holds on this input")',
@@ -142,7 +144,7 @@ def _calling_lines(impl: Implementation, derived: dict[str, Any]) -> list[str]:
     lines += [
         "    if not isinstance(value, np.ndarray):",
         "        return value",
-        f"    return {_as_array('value', impl, floating='value.dtype.kind == chr(102)')}",
+        "    return " + _as_array("value", impl, floating='value.dtype.kind == "f"'),
         "",
         "",
         "def receive(name, value):",
