@@ -560,6 +560,14 @@ def test_a_full_disk_keeps_the_previous_results_and_fails(cli, fake, tmp_path, m
     assert {path: path.read_bytes() for path in (tmp_path / "runs" / "fake").iterdir() if path.is_file()} == before
 
 
+def test_a_folder_that_cannot_be_made_is_an_error_before_any_work(cli, fake, tmp_path):
+    (tmp_path / "taken").touch()
+    fake(make_task(pytest.fail))
+    done = cli("run", "fake", "--out", "taken")
+    assert done.exit_code == 1
+    assert "taken cannot hold results" in done.output
+
+
 def test_ctrl_c_says_how_to_go_on(cli, fake, tmp_path):
     def interrupt(config, trial):
         raise KeyboardInterrupt

@@ -209,6 +209,10 @@ def _run(
     dependencies = (settings, list(seeds), device_name, torch.get_num_threads(), versions, _code_digest(task))
     fingerprint = hashlib.sha256(repr(dependencies).encode()).hexdigest()
 
+    try:
+        (out / "parts").mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # better now than after the first part
+        raise ToyError(f"{out} cannot hold results: {error.strerror}") from None
     values: dict[str, tuple[float | None, ...]] = {}
     curves: dict[str, Curve] = {}
     seconds: dict[str, float] = {}
