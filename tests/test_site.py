@@ -21,11 +21,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import loracle.reference
-import markdown
+import markdown  # type: ignore[import-untyped]
 import mkdocs.config
 import pytest
 import torch
+
+import loracle.reference
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "tutorials").rglob("*.md"))
@@ -193,7 +194,9 @@ def _replace(holder: ast.Expression, target: ast.AST, change: ast.expr) -> ast.E
         def visit(self, node: ast.AST) -> Any:
             return copy.deepcopy(change) if node is target else self.generic_visit(node)
 
-    return Replace().visit(holder)
+    changed = Replace().visit(holder)
+    assert isinstance(changed, ast.Expression)
+    return changed
 
 
 def _unnoticed(code: str, namespace: dict[str, Any]) -> list[str]:
@@ -268,7 +271,7 @@ def test_every_parameter_is_in_the_notation_table() -> None:
 def parameters(slug: str) -> dict[str, str]:
     """Parameter names of the public functions, classes and methods of a reference file, each with a function that has it."""
     module = importlib.import_module(f"loracle.reference.{slug}")
-    found = {}
+    found: dict[str, str] = {}
     for name, item in vars(module).items():
         if name.startswith("_") or getattr(item, "__module__", "") != module.__name__ or not callable(item) or hasattr(item, "_fields"):
             continue

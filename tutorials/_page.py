@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import loracle.reference
 import torch
+
+import loracle.reference
 from loracle.toy_tasks.records import PUBLISHED, Results, read_results
 
 
@@ -68,6 +69,32 @@ def header(paper: Any) -> None:
         print(
             f"Authors' code: [{paper.official_code}](https://github.com/{paper.official_code})."
         )
+
+
+def laws(slug: str) -> None:
+    """Print the laws with the mistakes that each kills, then what is checked but is no law."""
+    from loracle.oracle_tests.law import laws_of
+    from loracle.oracle_tests.mistakes import mistakes_of
+
+    mistakes = mistakes_of(slug)
+    rows = []
+    for law in laws_of(slug):
+        if not law.is_theorem:
+            formula = law.formula.replace(r"\|", r"\Vert ").replace("|", r"\vert ")
+            kills = [
+                mistake.name.replace("_", " ")
+                for mistake in mistakes
+                if law.id in mistake.breaks
+            ]
+            rows.append([f"`{law.id}`", f"{law.says}<br>${formula}$", ", ".join(kills)])
+    table(["Law", "Statement", "Mistakes that break it"], rows)
+    print(f"{len(rows)} laws and {sum(not mistake.harmless for mistake in mistakes)} mistakes.")
+    if theorems := [law.says for law in laws_of(slug) if law.is_theorem]:
+        print("\nTrue of the mathematics, so not counted:\n\n- " + "\n- ".join(theorems))
+    if harmless := [
+        f"{mistake.says} {mistake.harmless}" for mistake in mistakes if mistake.harmless
+    ]:
+        print("\nLooks like a mistake and is none:\n\n- " + "\n- ".join(harmless))
 
 
 def figure(slug: str, alt: str) -> None:
