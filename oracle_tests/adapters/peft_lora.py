@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from ..objects import from_module
 
 NAME = "default"  # PEFT's name for the only adapter
+A, B = f"lora_A.{NAME}.weight", f"lora_B.{NAME}.weight"
 
 
-class _OneLayer(nn.Module):
+class OneLayer(nn.Module):
+    """The smallest model that PEFT can adapt."""
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.linear = linear
@@ -31,7 +34,7 @@ def build(linear: nn.Linear, *, rank: int, alpha: float, rslora: bool = False, d
         init_lora_weights="gaussian" if distribution == "gaussian" else True,
     )
     # autocast_adapter_dtype would keep half-precision factors in float32
-    model = get_peft_model(_OneLayer(linear), config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+    model = get_peft_model(OneLayer(linear), config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
     return model.base_model.model.linear  # type: ignore[no-any-return,union-attr]
 
 
@@ -41,8 +44,8 @@ def _set_dropout(layer: nn.Module, replacement: nn.Module) -> None:
 
 _functions = from_module(
     build,
-    A=f"lora_A.{NAME}.weight",
-    B=f"lora_B.{NAME}.weight",
+    A=A,
+    B=B,
     weight="base_layer.weight",
     scaling=lambda layer: layer.scaling[NAME],  # type: ignore[index]
     set_dropout=_set_dropout,
@@ -52,11 +55,17 @@ gradients, sgd_step, num_trainable = _functions.gradients, _functions.sgd_step, 
 merge, unmerge = _functions.merge, _functions.unmerge
 
 
+def linear(W0: Tensor) -> nn.Linear:
+    """A layer without bias whose weight is a copy of W0; nothing is drawn."""
+    layer = nn.utils.skip_init(nn.Linear, W0.shape[1], W0.shape[0], bias=False, dtype=W0.dtype, device=W0.device)
+    layer.weight.data.copy_(W0)
+    return layer
+
+
 def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """PEFT's own `get_delta_weight` of a layer with these factors."""
-    linear = nn.utils.skip_init(nn.Linear, A.shape[1], B.shape[0], bias=False, dtype=A.dtype, device=A.device)
     with torch.random.fork_rng(devices=[]):  # PEFT draws starting factors from the global generator
-        layer = build(linear, rank=len(A), alpha=scaling * len(A))
+        layer = build(linear(B @ A), rank=len(A), alpha=scaling * len(A))
     layer.get_parameter(f"lora_A.{NAME}.weight").data.copy_(A)
     layer.get_parameter(f"lora_B.{NAME}.weight").data.copy_(B)
     return layer.get_delta_weight(NAME).detach()  # type: ignore[operator,no-any-return]
