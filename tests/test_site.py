@@ -343,15 +343,31 @@ def test_blocks_share_a_namespace() -> None:
 # The built site
 
 
+def build(project: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Build the site of a project. Without --quiet, under which --strict lets warnings pass."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    return subprocess.run(command, cwd=project, env=os.environ | {"NO_MKDOCS_2_WARNING": "true"}, capture_output=True, text=True)
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     start = time.perf_counter()
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "true"}, capture_output=True, text=True)
+    done = build(ROOT, folder)
     assert done.returncode == 0, done.stderr
     assert time.perf_counter() - start < SECONDS_PER_BUILD
     return folder
+
+
+def test_the_strict_build_stops_at_faults(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    (tmp_path / "tutorials").mkdir()
+    fault = '[a](nowhere.md) [b](#nowhere)\n\n```python exec="true"\nassert 1 == 2\n```\n'
+    (tmp_path / "tutorials/index.md").write_text(fault)
+    done = build(tmp_path, tmp_path / "site")
+    assert done.returncode != 0
+    for message in ("link 'nowhere.md'", "link '#nowhere'", "assert 1 == 2"):
+        assert re.search(rf"WARNING -[^-]*{message}", done.stderr), message
 
 
 class Links(html.parser.HTMLParser):
