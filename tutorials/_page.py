@@ -121,9 +121,9 @@ def verdicts(slug: str) -> None:
     for claim in results.claims:
         measured = "not finite" if claim.low is None else f"{claim.low:.3g} to {claim.high:.3g}"
         needed = {"<=": "at most", ">=": "at least"}[claim.comparison] + f" {claim.threshold:g}"
-        rows.append([claim.sentence, needed, measured, f"**{claim.verdict}**"])
+        rows.append([f"**{claim.verdict}**", claim.sentence, needed, measured])
     table(
-        ["Claim", "Needed", f"Measured, 95 % over {len(results.seeds)} seeds", "Verdict"], rows
+        ["Verdict", "Claim", "Needed", f"Measured, 95 % over {len(results.seeds)} seeds"], rows
     )
 
 
