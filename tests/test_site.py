@@ -228,8 +228,7 @@ def _unnoticed(code: str, namespace: dict[str, Any]) -> list[str]:
 
 @by_page
 def test_every_block_is_checked_in_one_way(page: Path) -> None:
-    for block in read_blocks(page.read_text()):
-        block_class(block)
+    assert all(block_class(block) for block in read_blocks(page.read_text()))
 
 
 @by_page
@@ -336,8 +335,11 @@ def test_a_check_that_checks_nothing_is_found() -> None:
     assert len(run_page(text.format("True"), session="page", mutate=True)) == 7
 
 
-def test_blocks_share_a_namespace() -> None:
-    run_page('```python\na = 1\n```\n\n```python exec="true" session="page"\nassert a == 1\n```\n', session="page")
+def test_the_blocks_of_a_page_share_a_namespace() -> None:
+    text = '```python\na = 1\n```\n\n```python exec="true" session="page"\nassert a == {}\n```\n'
+    assert run_page(text.format(1), session="page") == []
+    with pytest.raises(AssertionError):
+        run_page(text.format(2), session="page")
 
 
 # The built site
