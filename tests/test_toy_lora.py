@@ -62,10 +62,10 @@ def test_parameters_are_counted_by_layer(quick):
 
 def test_the_shift_has_the_loss_of_its_spectrum_and_the_page_s_start():
     _, config = experiment.load("lora")
-    problem = lora._Shift(config, Trial((0, 1)))
+    problem = lora.make_shift(config, Trial((0, 1)))
     gram = problem.x.mT @ problem.x / config.samples
     torch.testing.assert_close(gram, torch.eye(config.size).expand(2, -1, -1), atol=1e-5, rtol=0)
-    stack = problem.adapters(Trial((0, 1)), rank=4, alpha=4.0)
+    stack = lora.add_adapters(problem, Trial((0, 1)), rank=4, alpha=4.0)
     torch.testing.assert_close(problem.loss(stack, stack.trainable), torch.full((2,), 30.0), rtol=1e-5, atol=0)
 
 

@@ -2,11 +2,17 @@
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state
+from torch.func import functional_call, grad, stack_module_state
+
+from .datasets import draw_orthonormal
+
+if TYPE_CHECKING:
+    from .experiment import Trial
 
 Params = dict[str, Tensor]
 
@@ -60,3 +66,46 @@ class Stack:
         for i, model in enumerate(copies):
             model.load_state_dict({name: tensor[i] for name, tensor in params.items()}, strict=False)
         return copies
+
+
+class Shift:
+    """A layer activation(W x) per seed, whose weight W0 (out, in) must become W0 + D: the layers, data and loss.
+
+    W0 has normal entries of variance 1 / in; D has the singular values `spectrum` and random directions.
+    `draw_inputs(generator)` gives the samples (N, in) of a seed. `layers` hold W0; to train them, copy them.
+    """
+
+    def __init__(
+        self,
+        trial: "Trial",
+        *,
+        out_features: int,
+        in_features: int,
+        spectrum: Sequence[float],
+        draw_inputs: Callable[[torch.Generator], Tensor],
+        activation: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.activation = activation or (lambda z: z)
+        self.layers, inputs, targets = [], [], []
+        for generator in trial.generators():
+            layer = make_linear(in_features, out_features, generator, bias=False)
+            nn.init.normal_(layer.weight, std=in_features**-0.5, generator=generator)
+            U, V = (draw_orthonormal(features, len(spectrum), generator) for features in (out_features, in_features))
+            x = draw_inputs(generator)
+            self.layers.append(layer)
+            inputs.append(x)
+            targets.append(self.activation(x @ (layer.weight.detach() + U * torch.tensor(spectrum) @ V.T).T))
+        self.x, self.y = torch.stack(inputs).to(trial.device), torch.stack(targets).to(trial.device)
+
+    def loss(self, stack: Stack, params: Params) -> Tensor:
+        """Squared error, summed over outputs and averaged over samples (seeds,)."""
+        return self._error(stack(params, self.x), self.y)
+
+    def gradient(self, i: int, W: Tensor, rows: Tensor) -> Tensor:
+        """Gradient (out, in) of the i-th seed's loss on some of its samples, in the weight, at `W`; on the device of `W`."""
+        x, y = self.x[i].to(W)[rows], self.y[i].to(W)[rows]
+        gradient: Tensor = grad(lambda W: self._error(x @ W.T, y))(W)
+        return gradient
+
+    def _error(self, z: Tensor, y: Tensor) -> Tensor:
+        return (self.activation(z) - y).square().sum(dim=-1).mean(dim=-1)

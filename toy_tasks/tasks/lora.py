@@ -20,9 +20,9 @@ from ...reference._adapters import replace_linears
 from ...reference.lora import LoRALinear
 from .. import plotting
 from ..config import convert
-from ..datasets import Split, draw_orthonormal, draw_whitened, load_digits
+from ..datasets import Split, draw_whitened, load_digits
 from ..experiment import Measurements, Part, Quantity, Trial
-from ..models import Params, Stack, make_linear, make_mlp
+from ..models import Params, Shift, Stack, make_mlp
 from ..records import Claim, Results
 from ..training import adam, sgd, train
 
@@ -156,39 +156,34 @@ CLAIMS = (
 # --- tail and rslora: one linear layer ---
 
 
-class _Shift:
-    """A linear layer per seed whose weight W0 (size, size) must become W0 + D, and whitened inputs to learn it from."""
+def make_shift(config: Config, trial: Trial) -> Shift:
+    """The layers and whitened inputs, with which the loss is ||W - W0 - D||_F^2, since X^T X / N = I."""
+    return Shift(
+        trial,
+        out_features=config.size,
+        in_features=config.size,
+        spectrum=config.spectrum,
+        draw_inputs=partial(draw_whitened, config.samples, config.size),
+    )
 
-    def __init__(self, config: Config, trial: Trial) -> None:
-        spectrum = torch.tensor(config.spectrum)
-        self.layers, inputs, targets = [], [], []
-        for generator in trial.generators():
-            layer = make_linear(config.size, config.size, generator, bias=False)
-            nn.init.normal_(layer.weight, std=config.size**-0.5, generator=generator)
-            U, V = (draw_orthonormal(config.size, len(spectrum), generator) for _ in range(2))
-            x = draw_whitened(config.samples, config.size, generator)
-            self.layers.append(layer)
-            inputs.append(x)
-            targets.append(x @ (layer.weight.detach() + U * spectrum @ V.T).T)
-        self.x, self.y = torch.stack(inputs).to(trial.device), torch.stack(targets).to(trial.device)
 
-    def loss(self, stack: Stack, params: Params) -> Tensor:
-        """Squared error, summed over outputs and averaged over samples: ||W - W0 - D||_F^2, since X^T X / N = I."""
-        return (stack(params, self.x) - self.y).square().sum(dim=2).mean(dim=1)
-
-    def adapters(self, trial: Trial, **settings: Any) -> Stack:
-        """The layers with fresh adapters beside them."""
-        pairs = zip(self.layers, trial.generators(stream=1), strict=True)
-        return Stack([LoRALinear(copy.deepcopy(layer), generator=generator, **settings) for layer, generator in pairs], trial.device)
+def add_adapters(problem: Shift, trial: Trial, **settings: Any) -> Stack:
+    """The layers with fresh adapters beside them."""
+    pairs = zip(problem.layers, trial.generators(stream=1), strict=True)
+    return Stack([LoRALinear(copy.deepcopy(layer), generator=generator, **settings) for layer, generator in pairs], trial.device)
 
 
 def run_tail(config: Config, trial: Trial) -> Measurements:
     """Adam on adapters of several ranks, and on the whole weight."""
-    problem, measured = _Shift(config, trial), Measurements()
+    problem, measured = make_shift(config, trial), Measurements()
     tick = trial.counter((len(config.tail_ranks) + 1) * config.tail_steps)
     gaps = []
     for rank in (*config.tail_ranks, None):
-        stack = problem.adapters(trial, rank=rank, alpha=config.tail_alpha_per_rank * rank) if rank else Stack(problem.layers, trial.device)
+        stack = (
+            add_adapters(problem, trial, rank=rank, alpha=config.tail_alpha_per_rank * rank)
+            if rank
+            else Stack(problem.layers, trial.device)
+        )
         trained = train(partial(problem.loss, stack), stack.trainable, adam(config.tail_lr), steps=config.tail_steps, every=10, tick=tick)
         final = trained.losses[:, -1]
         tail = sum(value**2 for value in sorted(config.spectrum, reverse=True)[rank:]) if rank else 0.0
@@ -201,12 +196,12 @@ def run_tail(config: Config, trial: Trial) -> Measurements:
 
 def run_rslora(config: Config, trial: Trial) -> Measurements:
     """Gradient descent on adapters of several ranks with both scalings."""
-    problem, measured = _Shift(config, trial), Measurements()
+    problem, measured = make_shift(config, trial), Measurements()
     tick = trial.counter(2 * len(config.rslora_ranks) * config.rslora_steps)
     for scaling in ("lora", "rslora"):
         losses = []
         for rank in config.rslora_ranks:
-            stack = problem.adapters(trial, rank=rank, alpha=config.rslora_alpha, rslora=scaling == "rslora")
+            stack = add_adapters(problem, trial, rank=rank, alpha=config.rslora_alpha, rslora=scaling == "rslora")
             trained = train(partial(problem.loss, stack), stack.trainable, sgd(config.rslora_lr), steps=config.rslora_steps, tick=tick)
             losses.append(trained.losses[:, -1])
             measured.add(f"{scaling}_{rank}", loss=losses[-1])
