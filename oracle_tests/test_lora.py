@@ -155,6 +155,31 @@ def test_delta_weight(impl, case):
     assert_close(delta, case.scaling * np.sum(outer, axis=0), size=case.scaling * np.sum(np.abs(outer), axis=0), what="Delta W")
 
 
+@law(
+    "lora.L2e",
+    says="The output is the frozen layer's plus, for each k, B's column k times s times A's row k seen by what dropout keeps of x.",
+    formula=r"y = W_0 x + b + s \sum_k B_{:k} \big(A_{k:} \cdot \tfrac{\mathrm{mask} \odot x}{1-p}\big)",
+    needs=("forward.bias", "forward.mask", "forward.p"),
+    tolerance=8,
+    cases=layers(),
+)
+def test_forward(impl, case):
+    weights = {"W0": case.W0, "A": case.A, "B": case.B, "scaling": case.scaling}
+    y = impl.forward(x=case.x, **weights, bias=case.bias, mask=case.mask, p=case.p)
+    _check_forward(y, case, case.x * case.mask / (1 - case.p))
+    _check_forward(impl.forward(x=case.x, **weights, bias=case.bias), case, case.x)
+
+
+def _check_forward(y, case, kept):
+    want, size = np.zeros_like(y), np.zeros_like(y)
+    for position in np.ndindex(y.shape[:-1]):
+        hidden = [float(np.dot(case.A[k], kept[position])) for k in range(case.rank)]
+        want[position] = case.W0 @ case.x[position] + case.bias + case.scaling * sum(h * case.B[:, k] for k, h in enumerate(hidden))
+        hidden_size = np.abs(case.A) @ np.abs(kept[position])
+        size[position] = np.abs(case.W0) @ np.abs(case.x[position]) + np.abs(case.bias) + case.scaling * np.abs(case.B) @ hidden_size
+    assert_close(y, want, size=size, what="y")
+
+
 # Gradients
 
 
@@ -258,6 +283,23 @@ def test_exact_step(impl, case):
     # Rounding is relative to the larger factors after the step, whose product is subtracted
     larger_A, larger_B = np.abs(A) + lr * s * np.abs(B).T @ np.abs(G), np.abs(B) + lr * s * np.abs(G) @ np.abs(A).T
     assert_close(change, want, size=s * larger_B @ larger_A, what="change of s B A")
+
+
+@law(
+    "lora.L8b",
+    says="Each factor moves down its own slope, both from the same point, after its own decay.",
+    formula=r"A \mapsto (1 - \eta\lambda) A - \eta g_A, \quad B \mapsto (1 - \eta\lambda) B - \eta g_B",
+    needs=("sgd_step.weight_decay",),
+    tolerance=8,
+    cases=layers(),
+)
+def test_step_of_each_factor(impl, case):
+    A, B, s = case.A, case.B, case.scaling
+    _, new_A, new_B = impl.sgd_step(G=case.G, W0=case.W0, A=A, B=B, scaling=s, lr=case.lr, weight_decay=0.25)
+    want_A = 0.25 * case.lr * A + case.lr * slope(lambda A: np.sum(case.G * (s * B @ A)), 0 * A)
+    want_B = 0.25 * case.lr * B + case.lr * slope(lambda B: np.sum(case.G * (s * B @ A)), 0 * B)
+    assert_close(new_A, A - want_A, size=np.abs(A) + case.lr * s * np.abs(B).T @ np.abs(case.G), what="A after a step")
+    assert_close(new_B, B - want_B, size=np.abs(B) + case.lr * s * np.abs(case.G) @ np.abs(A).T, what="B after a step")
 
 
 @law(
@@ -405,19 +447,20 @@ class ScalingCase(NamedTuple):
 
 @law(
     "lora.L10a",
-    says="LoRA's scaling times the rank is alpha.",
+    says="LoRA's scaling is alpha over the rank.",
     formula=r"s = \alpha / r",
     needs=("scaling_factor",),
     tolerance=4,
     cases=st.builds(ScalingCase, alpha=st.sampled_from([1.0, 8.0, 16.0, 0.3]), rank=st.integers(1, 512)),
 )
 def test_scaling(impl, case):
-    assert_close(impl.scaling_factor(alpha=case.alpha, rank=case.rank) * case.rank, case.alpha, size=case.alpha, what="scaling times rank")
+    scaling = impl.scaling_factor(alpha=case.alpha, rank=case.rank)
+    assert_close(scaling, case.alpha / case.rank, size=case.alpha / case.rank, what="the scaling")
 
 
 @law(
     "lora.L10b",
-    says="rsLoRA's scaling squared, times the rank, is alpha squared; at rank 1 both scalings are alpha.",
+    says="rsLoRA's scaling is alpha over the square root of the rank; at rank 1 both scalings are alpha.",
     formula=r"s_{rs} = \alpha / \sqrt r",
     needs=("scaling_factor.rslora",),
     tolerance=8,
@@ -425,8 +468,9 @@ def test_scaling(impl, case):
 )
 def test_rslora_scaling(impl, case):
     scaling = impl.scaling_factor(alpha=case.alpha, rank=case.rank, rslora=True)
+    want = case.alpha * np.exp(-np.log(case.rank) / 2)
+    assert_close(scaling, want, size=want, what="the scaling of rsLoRA")
     assert_close(scaling**2 * case.rank, case.alpha**2, size=case.alpha**2, what="squared scaling times rank")
-    assert scaling * case.alpha > 0, f"the scaling is {scaling}; it has the sign of alpha"
 
 
 class Draws(NamedTuple):
