@@ -17,18 +17,31 @@ def explain(law: Law, impl: Implementation | None, case: Any, error: BaseExcepti
     """Everything that a reader needs to understand a failure of `law` on `case`."""
     if impl is None or case is None:
         return f"{law.id} fails: {law.says}\n{error}"
+    program = snippet(law, impl, case, error)
+    diagnosis = _diagnosis(law, impl, error)  # last, since it has a time limit of its own
     parts = [
         f"{law.id} fails for {impl.name}: {law.says}",
         f"  formula    {law.formula}",
-        f"  smallest input found  {_shapes(law, case)}",
+        f"  input      {_shapes(law, case)}  (the smallest found)",
         f"  what came  {_what(error)}",
+        *([f"  diagnosis  {diagnosis}"] if diagnosis else []),
         f"  read more  the tutorial page papers/{law.paper}, law {law.id}",
         "",
         "To reproduce it, run this program; it does not need loracle:",
         "",
-        textwrap.indent(snippet(law, impl, case, error), "    "),
+        textwrap.indent(program, "    "),
     ]
     return "\n".join(parts)
+
+
+def _diagnosis(law: Law, impl: Implementation, error: BaseException) -> str:
+    """What the implementer did wrong, if it can be told; nothing where the message says it already."""
+    if isinstance(error, TimeoutError):
+        return ""
+    from .diagnosis import describe
+
+    said = describe(impl, law.needs)
+    return "" if isinstance(error, ContractBroken) and said.startswith("no ") else said
 
 
 def _what(error: BaseException) -> str:

@@ -12,12 +12,12 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mistake:
     """One wrong implementation. `breaks`: laws that must fail; `harmless`: why none can, if so."""
 
@@ -27,6 +27,21 @@ class Mistake:
     functions: Mapping[str, Callable[..., Any]]
     breaks: tuple[str, ...]
     harmless: str
+
+
+@dataclass(frozen=True)
+class Observables:
+    """How diagnosis looks at a paper's functions; `OBSERVABLES` of the paper's file, where it differs from the default.
+
+    choices: words that an option may be, beside its default ("distribution": ("gaussian",)).
+    values: for parameters that are neither floating-point arrays nor numbers (a closure, index sets), or are special: a value,
+        or a function of the generic case that makes it; a case has the sizes `out`, `in`, `rank` and the values by name.
+    gauge_free: for functions whose result has a free sign or rotation: `(case, result)` to values without, by name.
+    """
+
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
+    gauge_free: Mapping[str, Callable[[Any, Any], Mapping[str, Any]]] = field(default_factory=dict)
 
 
 def mistake(
@@ -59,6 +74,13 @@ def mistakes_of(paper: str) -> tuple[Mistake, ...]:
     """The mistakes of a paper, in the order of its file."""
     module = importlib.import_module(f"{__name__}.{paper}")
     return tuple(value for value in vars(module).values() if isinstance(value, Mistake))
+
+
+@functools.cache
+def observables_of(paper: str) -> Observables:
+    """How diagnosis looks at the functions of a paper."""
+    found: Observables = getattr(importlib.import_module(f"{__name__}.{paper}"), "OBSERVABLES", Observables())
+    return found
 
 
 def wrong(*mistakes: Mistake) -> ModuleType:

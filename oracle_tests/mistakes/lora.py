@@ -4,8 +4,10 @@ import math
 
 import torch
 
-from loracle.oracle_tests.mistakes import mistake
+from loracle.oracle_tests.mistakes import Observables, mistake
 from loracle.reference import lora as right
+
+OBSERVABLES = Observables(choices={"distribution": ("gaussian",)})
 
 # Scaling
 
@@ -334,7 +336,7 @@ def mask_keeps_with_p(x, *, p, generator=None):
 
 @mistake("The mask is drawn once per column and shared by all positions.", replaces="draw_mask", breaks=("lora.L12c",))
 def mask_shared_by_positions(x, *, p, generator=None):
-    return right.draw_mask(x[:1], p=p, generator=generator).expand(x.shape)
+    return right.draw_mask(x.reshape(-1, x.shape[-1])[0], p=p, generator=generator).expand(x.shape)
 
 
 # Counting
