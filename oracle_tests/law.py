@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -58,6 +58,16 @@ class Ledger:
     too_coarse: int = 0
     worst: float = 0.0  # in tolerances
     ratios: list[float] = field(default_factory=list)
+    kept: list["Comparison"] | None = None  # if a list, comparisons are kept there and none fails: for vectors
+
+
+class Comparison(NamedTuple):
+    """One call of `assert_close`. `tolerance` is to be multiplied by eps; None where a law gives an absolute one, for draws."""
+
+    got: Any
+    want: np.ndarray
+    tolerance: np.ndarray | None
+    what: str
 
 
 class TooCoarse(Exception):
@@ -135,11 +145,14 @@ def assert_close(got: Any, want: Any, *, size: Any = 1.0, conditioning: float = 
         AssertionError: with the worst entry, its error and the error in tolerances.
     """
     ledger = _ledger.get()
-    got, want = np.asarray(got, float), np.asarray(want, float)
+    given, got, want = got, np.asarray(got, float), np.asarray(want, float)
     assert got.shape == want.shape, f"{what} has shape {got.shape}, expected {want.shape}"
     tolerance = np.broadcast_to(
         np.asarray(ledger.law.tolerance * ledger.eps * conditioning * ledger.factor * size if within is None else within, float), want.shape
     )
+    if ledger.kept is not None:
+        ledger.kept.append(Comparison(given, want, None if within is not None else tolerance / (ledger.eps * ledger.factor), what))
+        return
     quantity = max(np.abs(want).max(initial=0.0), np.max(size) if not np.any(want) else 0.0)
     if within is None and tolerance.max(initial=0.0) > 0.1 * quantity:
         raise TooCoarse

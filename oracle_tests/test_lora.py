@@ -127,6 +127,21 @@ def test_unmerge(impl, case):
 
 
 @law(
+    "lora.L2f",
+    says="Unmerging takes the scaled sum of the outer products of B's columns and A's rows off any weight.",
+    formula=r"W_0 = W - s \sum_k B_{:k} A_{k:}",
+    needs=("unmerge",),
+    tolerance=8,
+    cases=layers(),
+)
+def test_unmerge_any_weight(impl, case):
+    W0 = impl.unmerge(W=case.W0, A=case.A, B=case.B, scaling=case.scaling)
+    outer = [np.multiply.outer(case.B[:, k], case.A[k]) for k in range(case.rank)]
+    size = np.abs(case.W0) + case.scaling * np.sum(np.abs(outer), axis=0)
+    assert_close(W0, case.W0 - case.scaling * np.sum(outer, axis=0), size=size, what="W0")
+
+
+@law(
     "lora.L2c",
     says="The merged weight adds to the pretrained one the scaled sum of the outer products of B's columns and A's rows.",
     formula=r"W = W_0 + s \sum_k B_{:k} A_{k:}",
