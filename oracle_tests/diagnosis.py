@@ -311,7 +311,8 @@ def _same(a: Value, b: Value, tolerance: float, up_to_scale: bool) -> bool:
 def _same_array(a: np.ndarray, b: np.ndarray, tolerance: float, up_to_scale: bool) -> bool:
     if up_to_scale and a.size > 1 and np.vdot(a, b) > 0:
         b = b * (np.vdot(a, b) / np.vdot(b, b))
-    return bool(np.abs(a - b).max(initial=0) <= tolerance * max(np.abs(a).max(initial=0), np.abs(b).max(initial=0)))
+    # The generic values are of size 1: what is far below is the rounding of a zero
+    return bool(np.abs(a - b).max(initial=0) <= tolerance * max(np.abs(a).max(initial=0), np.abs(b).max(initial=0), 0.1))
 
 
 def _same_on_average(pairs: list[tuple[Observation, Observation]]) -> bool:

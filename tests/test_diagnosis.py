@@ -1,0 +1,321 @@
+"""Diagnosis: every known mistake is named, correct code is not accused, and wrong code of other hands is understood."""
+
+import functools
+import importlib.util
+import itertools
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from loracle.oracle_tests import check, diagnosis
+from loracle.oracle_tests.contract import contract, papers
+from loracle.oracle_tests.diagnosis import Diagnosis, TooSlow, describe, diagnose
+from loracle.oracle_tests.law import laws_of
+from loracle.oracle_tests.loading import load
+from loracle.oracle_tests.mistakes import mistakes_of, wrong
+
+# Mistakes that give the same observables, in whatever the laws that they break look at
+TWINS: list[set[str]] = []
+# Mistakes that float32 cannot show
+TOO_FINE_FOR_FLOAT32 = {"forward_in_float32"}
+
+PAPERS = [p for p in papers() if importlib.util.find_spec(f"loracle.oracle_tests.mistakes.{p}")]
+ALL = [pytest.param(m, id=f"{m.paper}-{m.name}") for paper in PAPERS for m in mistakes_of(paper) if not m.harmless]
+
+
+def names(found: Diagnosis) -> set[str]:
+    return {m.name for m in found.candidates}
+
+
+def allowed(mistake) -> list[set[str]]:
+    return [{mistake.name}, *(twins for twins in TWINS if mistake.name in twins)]
+
+
+def needs_of(mistake):
+    """What the laws that the mistake breaks look at, each law alone."""
+    laws = {law.id: law for law in laws_of(mistake.paper)}
+    return {id: laws[id].needs for id in mistake.breaks}
+
+
+def in_numpy(module, paper: str) -> SimpleNamespace:
+    """The functions of a torch module as a NumPy implementation with random numbers of its own."""
+
+    def wrapped(function):
+        @functools.wraps(function)
+        def call(**given):
+            if "generator" in given:
+                given["generator"] = torch.Generator().manual_seed(int(given["generator"].integers(2**31)))
+            return outwards(function(**{k: inwards(v) for k, v in given.items()}))
+
+        return call
+
+    functions = {n: wrapped(getattr(module, n)) for n in contract(paper)}
+    return SimpleNamespace(LORACLE={"arrays": "numpy"}, **functions)
+
+
+def inwards(value):
+    if isinstance(value, list):
+        return [inwards(v) for v in value]
+    if callable(value):
+        return lambda *args: inwards(value(*(outwards(a) for a in args)))
+    return torch.tensor(value) if isinstance(value, np.ndarray) else value
+
+
+def outwards(value):
+    if isinstance(value, tuple):
+        return tuple(outwards(v) for v in value)
+    return value.numpy() if isinstance(value, torch.Tensor) else value
+
+
+# Known mistakes
+
+
+@pytest.mark.parametrize("mistake", ALL)
+def test_a_mistake_is_named_in_every_law_that_it_breaks(mistake):
+    impl = load(wrong(mistake), paper=mistake.paper)
+    for id, needs in needs_of(mistake).items():
+        assert names(found := diagnose(impl, needs)) in allowed(mistake), f"{id}: {found}"
+
+
+@pytest.mark.parametrize("mistake", ALL)
+def test_a_mistake_is_named_in_float32(mistake):
+    if mistake.name in TOO_FINE_FOR_FLOAT32:
+        pytest.skip("float32 cannot show it")
+    impl = load(wrong(mistake), paper=mistake.paper, dtype="float32")
+    for id, needs in needs_of(mistake).items():
+        assert names(found := diagnose(impl, needs)) in allowed(mistake), f"{id}: {found}"
+
+
+@pytest.mark.parametrize("mistake", ALL)
+def test_a_mistake_is_named_in_numpy(mistake):
+    impl = load(in_numpy(wrong(mistake), mistake.paper), paper=mistake.paper)
+    for id, needs in needs_of(mistake).items():
+        if all(map(impl.provides, needs)):
+            assert names(found := diagnose(impl, needs)) in allowed(mistake), f"{id}: {found}"
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_correct_code_is_not_accused(paper, dtype):
+    found = diagnose(load(f"loracle.reference.{paper}", paper=paper, dtype=dtype))
+    assert not found.candidates
+    assert "did well on 8 generic inputs" in found.note
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_correct_code_of_other_random_numbers_is_not_accused(paper):
+    module = load(f"loracle.reference.{paper}", paper=paper).namespace
+    found = diagnose(load(in_numpy(module, paper), paper=paper))
+    assert not found.candidates
+    assert "did well" in found.note
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_what_is_harmless_is_no_mistake(paper):
+    for mistake in mistakes_of(paper):
+        if mistake.harmless:
+            assert not diagnose(load(wrong(mistake), paper=paper)).candidates
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_two_mistakes_are_never_taken_for_one(paper):
+    pairs = [
+        (a, b) for a, b in itertools.pairwise(mistakes_of(paper)) if not (a.harmless or b.harmless or a.functions.keys() & b.functions)
+    ]
+    assert pairs
+    for a, b in pairs:
+        found = diagnose(load(wrong(a, b), paper=paper))
+        # Named as one only where the other does not show
+        for name in names(found):
+            assert name in {t for m in (a, b) for twins in allowed(m) for t in twins}, f"{a.name} and {b.name}: {found}"
+        assert found.candidates or found.note.startswith("more than one is wrong"), f"{a.name} and {b.name}: {found}"
+
+
+# Two mistakes, and mistakes that are not known
+
+
+def lora(**functions):
+    return load(functions | {"LORACLE": {"arrays": "numpy"}}, paper="lora")
+
+
+def no_scaling(W0, A, B, scaling):
+    return W0 + B @ A
+
+
+def test_two_mistakes_in_one_function_are_not_known():
+    def forward(x, W0, A, B, scaling, bias=None):  # neither scaled nor on the frozen path
+        return (x @ A.T) @ B.T if bias is None else (x @ A.T) @ B.T + bias
+
+    assert str(diagnose(lora(forward=forward), ["forward.bias"])) == "no known mistake"
+
+
+def test_two_wrong_functions_are_diagnosed_one_by_one():
+    def unmerge(W, A, B, scaling):
+        return W + scaling * B @ A
+
+    found = str(diagnose(lora(merge=no_scaling, unmerge=unmerge), ["merge", "unmerge"]))
+    assert "merge: The merged weight lacks the scaling" in found
+    assert "unmerge: Unmerging adds the update again" in found
+    assert found.startswith("no known mistake; more than one is wrong")
+
+
+def test_a_second_mistake_elsewhere_does_not_hide_the_first():
+    def num_trainable(W0, rank):
+        return rank * W0.shape[1]
+
+    impl = lora(merge=no_scaling, num_trainable=num_trainable)
+    assert names(diagnose(impl, ["merge"])) == {"merge_without_scaling"}
+    assert names(diagnose(impl, ["num_trainable"])) == {"one_factor_counted"}
+
+
+def test_a_wrong_option_does_not_hide_another():
+    def forward(x, W0, A, B, scaling, bias=None, mask=None, p=0.0):
+        kept = x if mask is None else x * mask  # not divided by 1 - p, and the bias forgotten
+        return x @ W0.T + scaling * (kept @ A.T) @ B.T
+
+    impl = lora(forward=forward)
+    assert names(diagnose(impl, ["forward.bias"])) == {"forward_without_bias"}
+    assert names(diagnose(impl, ["forward.mask", "forward.p"])) == {"dropout_without_rescaling"}
+
+
+@pytest.mark.parametrize(
+    ("factor", "law"),
+    [
+        (lambda A, s: s**-0.5, "scaling^(-1/2)"),
+        (lambda A, s: 3.0, "3"),
+        (lambda A, s: 2 * s * A.shape[0], "2 * rank * scaling"),
+        (lambda A, s: A.shape[1] ** 0.25, "in^(1/4)"),
+        (lambda A, s: 1 + np.sin(A[0, 0]) / 2, "a factor that depends on the input"),
+    ],
+)
+def test_what_is_wrong_by_a_factor_is_told_the_factor(factor, law):
+    impl = lora(delta_weight=lambda A, B, scaling: factor(A, scaling) * scaling * B @ A)
+    assert str(diagnose(impl, ["delta_weight"])).startswith(f"no known mistake; delta_weight is the right one times {law}")
+
+
+def test_a_mistake_with_another_size_is_recognised():
+    def init(W0, rank, generator):  # both factors random, as in the known mistake, but B with another distribution
+        A = generator.uniform(-1, 1, (rank, W0.shape[1])) / W0.shape[1] ** 0.5
+        return A, 0.02 * generator.standard_normal((W0.shape[0], rank))
+
+    found = diagnose(lora(init=init), ["init"])
+    assert names(found) == {"start_all_random"}
+    assert "size differs" in found.note
+
+
+def test_what_shows_only_in_special_inputs_is_said_to_be():
+    def delta_weight(A, B, scaling):
+        return scaling * B @ A + (len(A) == 1)
+
+    assert str(diagnose(lora(delta_weight=delta_weight), ["delta_weight"])) == (
+        "no known mistake; delta_weight did well on 8 generic inputs: see what is special about this one"
+    )
+
+
+def test_a_derived_function_is_looked_for_where_it_comes_from():
+    def forward(x, W0, A, B, scaling):
+        return x @ W0.T + (x @ A.T) @ B.T
+
+    assert names(diagnose(lora(forward=forward), ["delta_weight"])) == {"forward_without_scaling"}
+
+
+def test_mistakes_that_a_law_cannot_tell_apart_are_told_apart_by_other_functions():
+    def sgd_step(G, W0, A, B, scaling, lr):
+        return W0, A - lr * B.T @ G, B - lr * G @ A.T
+
+    def gradients(G, A, B, scaling):
+        return scaling * B.T @ G, scaling * G @ A.T
+
+    assert names(diagnose(lora(sgd_step=sgd_step), ["sgd_step"])) == {"step_without_scaling", "gradients_without_scaling"}
+    assert "one of: " in str(diagnose(lora(sgd_step=sgd_step), ["sgd_step"]))
+    assert names(diagnose(lora(sgd_step=sgd_step, gradients=gradients), ["sgd_step"])) == {"step_without_scaling"}
+
+
+# It never makes a run fail
+
+
+def test_a_failing_diagnosis_says_so_and_the_run_goes_on(monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("the machinery broke\nand said more")
+
+    monkeypatch.setattr(diagnosis, "agree", broken)
+    report = check({"merge": no_scaling, "LORACLE": {"arrays": "numpy"}}, paper="lora", laws=["lora.L2c"], profile="quick")
+    assert [r.outcome for r in report.results] == ["fails"]
+    assert "  diagnosis  no diagnosis: RuntimeError: the machinery broke\n" in report.results[0].explanation
+
+
+def test_an_interrupt_passes(monkeypatch):
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(diagnosis, "agree", stop)
+    with pytest.raises(KeyboardInterrupt):
+        describe(lora(merge=no_scaling), ["merge"])
+
+
+def test_a_hanging_implementation_is_waited_for_once(monkeypatch):
+    calls = []
+
+    def merge(W0, A, B, scaling):
+        calls.append(A)
+        if len(A) > 2:
+            while True:
+                pass
+        return W0 + B @ A
+
+    monkeypatch.setattr(diagnosis, "TIME_LIMIT", 0.2)
+    impl = lora(merge=merge, delta_weight=lambda A, B, scaling: B @ A)
+    for _ in range(2):
+        assert describe(impl, ["merge"]) == "no diagnosis: merge takes too long"
+    assert len(calls) == 2
+    with pytest.raises(TooSlow):
+        diagnose(impl, ["merge", "delta_weight"])
+    assert names(diagnose(impl, ["delta_weight"])) == {"delta_without_scaling"}
+
+
+def test_the_implementation_is_observed_once_for_all_laws():
+    calls = []
+
+    def merge(W0, A, B, scaling):
+        calls.append(A)
+        return W0 + B @ A
+
+    impl = lora(merge=merge)
+    first = diagnose(impl, ["merge"])
+    seen = len(calls)
+    assert diagnose(impl, ["merge"]) is first
+    assert len(calls) == seen == len(diagnosis.SIZES)
+
+
+def test_a_diagnosis_leaves_no_trace():
+    impl = lora(forward=lambda x, W0, A, B, scaling: x @ W0.T)
+    state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    diagnose(impl, ["delta_weight"])
+    assert impl.derived == set()
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert np.array_equal(np.random.get_state()[1], state[1])
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_the_generic_cases_are_generic(paper):
+    for case in diagnosis.generic_cases(paper):
+        out, in_, rank = (case.sizes[n] for n in ("out", "in", "rank"))
+        assert out != in_
+        assert 2 <= 2 * rank < min(out, in_)
+        assert case.scaling not in (0, 1, 2, rank)
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_a_first_diagnosis_takes_little_time(paper):
+    for cached in (diagnosis._truth, diagnosis._observed_mistake, diagnosis._wrong, diagnosis._differs):
+        cached.cache_clear()
+    diagnose(load(f"loracle.reference.{paper}", paper=paper))
+    started = time.process_time()
+    for law in laws_of(paper):
+        if law.needs:
+            diagnose(load(wrong(mistakes_of(paper)[0]), paper=paper), law.needs)
+    # All mistakes of the paper are observed for all laws here, so this is the first diagnosis of a dozen users
+    assert time.process_time() - started < 15
