@@ -96,7 +96,23 @@ def random_states() -> dict[str, Any]:
     import random
 
     numpy_state = np.random.get_state(legacy=True)
-    states: dict[str, Any] = {"random": random.getstate(), "numpy.random": (numpy_state[1].tobytes(), numpy_state[2])}
+    states: dict[str, Any] = {"random": random.getstate(), "numpy.random": (numpy_state[1].tobytes(), *numpy_state[2:])}
     if torch := sys.modules.get("torch"):
         states["torch"] = torch.get_rng_state().numpy().tobytes()
+        if torch.cuda.is_initialized():
+            states["torch.cuda"] = torch.cuda.get_rng_state().numpy().tobytes()
     return states
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Set the global generators back to what `random_states` found."""
+    import random
+
+    random.setstate(states["random"])
+    key, *rest = states["numpy.random"]
+    np.random.set_state(("MT19937", np.frombuffer(key, np.uint32), *rest))
+    for name, library in (("torch", "torch"), ("torch.cuda", "torch.cuda")):
+        if name in states:
+            torch = sys.modules["torch"]
+            state = torch.frombuffer(bytearray(states[name]), dtype=torch.uint8)
+            sys.modules[library].set_rng_state(state)

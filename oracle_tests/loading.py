@@ -93,6 +93,7 @@ class Implementation:
         self.eps = arr.EPS[self.dtype]
         self.derivations = {d.name: d for d in derivations}
         self.watching = False
+        self.trusted = False  # whether a whole case has been watched call by call since this was last set
         self.derived: set[str] = set()  # what was derived since this set was last emptied
         self._functions = {n: f for n in self.contract if callable(f := getattr(namespace, n, None))}
         if not self._functions:
@@ -102,6 +103,23 @@ class Implementation:
                 f" Rename them, or write an adapter: loracle adapter {paper} > my_adapter.py"
             )
         self._options = {n: _accepted(name, self.contract[n], f) for n, f in self._functions.items()}
+        self._try_arrays()
+
+    def _try_arrays(self) -> None:
+        """Make one array and one generator, so that a missing library or device is said once and not by every law."""
+        try:
+            with arr.precision(self.arrays, self.dtype):
+                arr.to_arrays(np.zeros(1), self.arrays, self.dtype, self.device)
+                arr.make_generator(0, self.generator, self.device)
+        except Exception as error:
+            said = (str(error).strip().splitlines() or [""])[0]
+            hint = "" if self.device in (known := ("cpu", "cuda", "mps")) else nearest(self.device, known)
+            raise UsageError(
+                f"{self.name}: no {self.dtype} array of {self.arrays} can be made on device {self.device!r}{hint}"
+                f" ({type(error).__name__}: {said})"
+            ) from error
+        if self.arrays != "torch" and self.device != "cpu":
+            raise UsageError(f"{self.name}: device is {self.device!r}; it can be chosen for torch only, leave it out for {self.arrays}")
 
     def __getattr__(self, function: str) -> Callable[..., Any]:
         if function.startswith("_") or function not in self.contract:
@@ -127,9 +145,15 @@ class Implementation:
             raise MissingFunction(f"{function}.{option}")
         with arr.precision(self.arrays, self.dtype):
             given = {k: self._send(k, v) for k, v in arguments.items()}
-            before = {k: np.array(arr.to_numpy(v)) for k, v in given.items() if arr.is_array(v)}
+            # A generator is meant to move; JAX's is an array
+            before = {k: np.array(arr.to_numpy(v)) for k, v in given.items() if arr.is_array(v) and k != "generator"}
             with self._quiet(spec, arguments) if self.watching else contextlib.nullcontext():
-                result = self._functions[function](**given)
+                try:
+                    result = self._functions[function](**given)
+                except NotImplementedError as error:
+                    raise MissingFunction(f"{function}: it raises NotImplementedError({str(error)!r})") from error
+                except SystemExit as error:
+                    raise RuntimeError(f"{function} calls sys.exit({error.code!r})") from error
             for name, old in before.items():
                 if not np.array_equal(arr.to_numpy(given[name]), old, equal_nan=True):
                     message = f"{spec.name} changed its argument {name} in place; return a new array"
@@ -148,18 +172,27 @@ class Implementation:
     def run(self, body: Callable[..., None], case: Any) -> None:
         """Run a law's body on a case; raise ContractBroken if a call in it prints or touches a global generator.
 
-        That is looked at once for the whole case, which costs a third of a call; only if something is found is the case run
-        again and each call looked at, to tell which.
+        Each call is watched in a law's first case only, which sees what is done just once. After that it is looked at once for
+        the whole case, which costs a third of a call; if something is found, the case is run again from the same states of the
+        generators (who seeds them a second time changes nothing) and each call watched, to tell which it was.
         """
+        if not self.trusted:
+            self._watch(body, case)
+            self.trusted = True
+            return
         states, printed = arr.random_states(), io.StringIO()
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             body(self, case)
         if printed.getvalue() or any(state != states.get(name, state) for name, state in arr.random_states().items()):
-            self.watching = True
-            try:
-                body(self, case)
-            finally:
-                self.watching = False
+            arr.restore_random_states(states)
+            self._watch(body, case)
+
+    def _watch(self, body: Callable[..., None], case: Any) -> None:
+        self.watching = True
+        try:
+            body(self, case)
+        finally:
+            self.watching = False
 
     @contextlib.contextmanager
     def _quiet(self, spec: Function, arguments: dict[str, Any]) -> Iterator[None]:
@@ -234,10 +267,11 @@ def load(spec: Any, *, paper: str, **options: Any) -> Implementation:
         name = getattr(spec, "__name__", type(spec).__name__)
         return Implementation(_namespace(spec), paper=paper, name=name, derivations=derivations, **options)
     place, _, attribute = spec.partition(":") if not Path(spec).exists() else (spec, "", "")
-    module = _import(place)
-    if attribute and not hasattr(module, attribute):
-        raise UsageError(f"{place} has no {attribute!r}{nearest(attribute, vars(module))}")
-    namespace = getattr(module, attribute) if attribute else module
+    namespace = _import(place)
+    for part in attribute.split(".") if attribute else ():
+        if not hasattr(namespace, part):
+            raise UsageError(f"{place} has no {attribute!r}{nearest(part, dir(namespace))}")
+        namespace = getattr(namespace, part)
     return Implementation(_namespace(namespace), paper=paper, name=spec, by_name=True, derivations=derivations, **options)
 
 
@@ -246,34 +280,39 @@ def _namespace(value: Any) -> Any:
 
 
 def _import(place: str) -> Any:
-    """Import a module by dotted name or by path, with the current folder on the path as `python` would have it."""
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
+    """Import a module by dotted name or by file, with the folder on the path that `python -m` or `python` would have there."""
+    path = Path(place).resolve() if place.endswith(".py") else None
+    if path is not None and not path.exists():
+        raise UsageError(f"there is no file {place}")
+    folder = str(path.parent if path is not None else Path.cwd())
+    sys.path.insert(0, folder)
     try:
-        if place.endswith(".py"):
-            path = Path(place).resolve()
-            if not path.exists():
-                raise UsageError(f"there is no file {place}")
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[path.stem] = module
-            spec.loader.exec_module(module)
-            return module
-        return importlib.import_module(place)
-    except UsageError:
-        raise
-    except Exception as error:
-        hint = (
-            ""
-            if place.endswith(".py")
-            else "; give a dotted module name that python can import from this folder, or a path that ends in .py"
-        )
+        with contextlib.redirect_stdout(sys.stderr):  # what a module prints while it is imported is no part of a report
+            return importlib.import_module(place) if path is None else _execute(path)
+    except (Exception, SystemExit) as error:  # a script without a main guard may end by sys.exit
+        hint = ""
+        if isinstance(error, ModuleNotFoundError) and path is None and f"{place}.".startswith(f"{error.name}."):
+            hint = "; give a dotted module name that python can import from this folder, or a path that ends in .py"
         raise UsageError(f"cannot import {place}: {type(error).__name__}: {error}{hint}") from error
     finally:
         with contextlib.suppress(ValueError):
-            sys.path.remove(here)
+            sys.path.remove(folder)
+
+
+def _execute(path: Path) -> Any:
+    """The module in a file, under a name that no installed module has: a user's file may well be called lora.py or random.py."""
+    name = f"{path.stem} ({path.parent})"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look for it
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def _checked_record(name: str, record: Mapping[str, Any], options: dict[str, Any]) -> dict[str, Any]:

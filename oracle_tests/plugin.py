@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from .settings import Settings
 
 HERE = Path(__file__).parent
-MISSING, TOO_COARSE = "missing: ", "skipped: "
+LAW, OUTCOME, RUN, DERIVED = "loracle.law", "loracle.outcome", "loracle.run", "loracle.derived"  # properties in reports and JUnit XML
+OUTCOMES = ("holds", "fails", "missing", "expected to fail", "skipped")
+_config: pytest.Config | None = None
 _settings: Settings | None = None
+_item: pytest.Item | None = None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,29 +38,50 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    global _settings
-    _settings = None
+    global _config, _settings
+    _config, _settings = config, None
     for item in config.getoption("--implementation"):
         if "=" not in item:
-            raise pytest.UsageError(f"--implementation {item}: needed PAPER=MODULE, for example lora=my_package.my_module")
+            pytest.exit(f"--implementation {item}: needed PAPER=MODULE, for example lora=my_package.my_module", returncode=3)
+    # Whoever names an implementation runs laws: say at once what cannot be loaded, and not in each worker of pytest-xdist
+    if config.getoption("--implementation") and not hasattr(config, "workerinput"):
+        for paper, spec in _load_settings(config).implementations.items():
+            _load(paper, spec, config)
 
 
 def _load_settings(config: pytest.Config) -> Settings:
     """The user's choices, command line over file; read once, when the first law is collected."""
     global _settings
     if _settings is None:
-        from .contract import UsageError
+        from .contract import UsageError, check_paper
         from .settings import load_settings
 
         try:
-            _settings = load_settings(Path.cwd())
+            chosen = load_settings(Path.cwd())
+            named = dict(item.split("=", 1) for item in config.getoption("--implementation"))
+            for paper in named:
+                check_paper(paper)
         except UsageError as error:
-            raise pytest.UsageError(str(error)) from error
-        _settings.implementations |= dict(item.split("=", 1) for item in config.getoption("--implementation"))
-        _settings.profile = config.getoption("--law-profile") or _settings.profile
-        _settings.dtype = config.getoption("--law-dtype") or _settings.dtype
-        _settings.device = config.getoption("--law-device") or _settings.device
+            pytest.exit(str(error), returncode=3)
+        chosen.implementations = named or chosen.implementations
+        chosen.profile = config.getoption("--law-profile") or chosen.profile
+        chosen.dtype = config.getoption("--law-dtype") or chosen.dtype
+        chosen.device = config.getoption("--law-device") or chosen.device
+        _settings = chosen
     return _settings
+
+
+def _load(paper: str, spec: str, config: pytest.Config) -> Implementation:
+    from .contract import UsageError
+    from .loading import load
+    from .running import check_laws
+
+    chosen = _load_settings(config)
+    try:
+        check_laws(paper, [id for id in chosen.expected_failures if id.partition(".")[0] == paper])
+        return load(spec, paper=paper, **chosen.options())
+    except UsageError as error:
+        pytest.exit(str(error), returncode=3)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -66,6 +90,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return None
     named = _load_settings(config).implementations
     return True if named and collection_path.stem.removeprefix("test_") not in named else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Theorem checks test the mathematics, no implementation: where one is named they would only inflate the count."""
+    theorems = [item for item in items if (law := getattr(getattr(item, "function", None), "law", None)) is not None and law.is_theorem]
+    if theorems and _load_settings(config).implementations:
+        config.hook.pytest_deselected(items=theorems)
+        items[:] = [item for item in items if item not in theorems]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -78,45 +110,83 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def impl(request: pytest.FixtureRequest) -> Implementation:
     """The implementation under test: the one named for the law's paper, else the reference file."""
-    from .contract import UsageError
-    from .loading import load
+    return _load(*request.param, request.config)
 
-    paper, spec = request.param
-    try:
-        return load(spec, paper=paper, **_load_settings(request.config).options())
-    except UsageError as error:
-        pytest.exit(str(error), returncode=3)
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    global _item
+    _item = item
 
 
 def run_law(law: Law, impl: Implementation | None) -> None:
     """Evaluate a law and end the test accordingly."""
     __tracebackhide__ = True
-    from .running import evaluate, expect_failure
-    from .settings import Settings
+    from .running import check_laws, describe, evaluate, expect_failure
 
-    chosen = _settings or Settings()
-    result = expect_failure(evaluate(law, impl, profile=chosen.profile), chosen.expected_failures)
+    assert _config is not None
+    assert _item is not None
+    chosen = _load_settings(_config)
+    check_laws(law.paper, [id for id in chosen.expected_failures if id.partition(".")[0] == law.paper])
+    result = expect_failure(evaluate(law, impl, profile=chosen.profile, time_limit=chosen.time_limit), chosen.expected_failures)
+    if impl is not None:
+        options = describe(impl)
+        run = (
+            f"{law.paper} of {impl.name} (arrays {options['arrays']}, dtype {options['dtype']}, tolerance factor {options['tolerance']:g})"
+        )
+        _item.user_properties += [(LAW, law.id), (OUTCOME, result.outcome), (RUN, run)]
+        if result.derived:
+            _item.user_properties.append((DERIVED, ", ".join(result.derived)))
     if result.outcome == "fails":
         pytest.fail(result.explanation or result.message, pytrace=False)
-    if result.outcome == "missing":
-        pytest.skip(MISSING + result.message)
-    if result.outcome == "skipped":
-        pytest.skip(TOO_COARSE + result.message)
+    if result.outcome in ("missing", "skipped"):
+        pytest.skip(f"{result.outcome}: {result.message}")
     if result.outcome == "expected to fail":
         pytest.xfail(result.message)
 
 
 def pytest_report_teststatus(report: Any) -> tuple[str, str, str] | None:
     """Count a missing function by a word of its own: it is neither passed nor a plain skip."""
-    if report.skipped and isinstance(report.longrepr, tuple) and MISSING in report.longrepr[2]:
+    if report.skipped and _properties(report).get(OUTCOME) == "missing":
         return "missing", "-", "MISSING"
     return None
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """All five outcomes, counted for each implementation, with the tolerance factor."""
+    for run, counts in _counts(terminalreporter).items():
+        terminalreporter.section(run)
+        terminalreporter.line(", ".join(f"{counts.get(outcome, 0)} {outcome}" for outcome in OUTCOMES))
+        if derived := ", ".join(sorted({_properties(r)[DERIVED] for r in _reports(terminalreporter) if DERIVED in _properties(r)})):
+            terminalreporter.line(f"derived, as the implementation lacks them: {derived}")
+    if _checked_nothing(terminalreporter):
+        terminalreporter.line("Nothing was checked: the implementation lacks what these laws need, or its precision is too low.")
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """A run in which every law was missing has checked nothing, and says so by exit code 2."""
+    """A run of laws that checked nothing says so by exit code 2."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if exitstatus == 0 and reporter is not None:
-        stats = {key: len(value) for key, value in reporter.stats.items() if key}
-        if stats.get("missing") and not stats.get("passed") and not stats.get("xfailed"):
-            session.exitstatus = 2
+    if exitstatus == 0 and reporter is not None and _checked_nothing(reporter):
+        session.exitstatus = 2
+
+
+def _properties(report: Any) -> dict[str, str]:
+    return dict(getattr(report, "user_properties", ()))
+
+
+def _reports(reporter: Any) -> list[Any]:
+    """The reports of laws; those of set-up and teardown carry the same properties and are left out."""
+    return [r for reports in reporter.stats.values() for r in reports if getattr(r, "when", "") == "call" and LAW in _properties(r)]
+
+
+def _counts(reporter: Any) -> dict[str, dict[str, int]]:
+    """How often each outcome came, for each implementation."""
+    counts: dict[str, dict[str, int]] = {}
+    for properties in map(_properties, _reports(reporter)):
+        of_run = counts.setdefault(properties[RUN], {})
+        of_run[properties[OUTCOME]] = of_run.get(properties[OUTCOME], 0) + 1
+    return counts
+
+
+def _checked_nothing(reporter: Any) -> bool:
+    outcomes = {outcome for counts in _counts(reporter).values() for outcome in counts}
+    return bool(outcomes) and outcomes <= {"missing", "skipped"}

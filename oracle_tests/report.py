@@ -1,6 +1,7 @@
 """Reports of a run: text for the terminal, JSON, Markdown."""
 
 import json
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -33,7 +34,14 @@ def options_line(report: Report) -> str:
 def as_text(report: Report) -> str:
     """The whole report for a terminal: a line for each law, every failure explained once, the summary last."""
     explained = "".join(f"\n{text}\n" for text in _explanations(report))
-    return "\n".join([*map(line, report.results), explained, options_line(report), summary(report)])
+    return "\n".join([*map(line, report.results), explained, options_line(report), summary(report), *hints(report)])
+
+
+def hints(report: Report) -> list[str]:
+    """What to do about a run that checked nothing."""
+    if report.exit_code == 2:
+        return ["Nothing was checked: fill in the functions that the laws need, or choose a dtype of higher precision."]
+    return []
 
 
 def _explanations(report: Report) -> list[str]:
@@ -43,7 +51,7 @@ def _explanations(report: Report) -> list[str]:
 
 
 def as_json(report: Report) -> str:
-    """The whole report as JSON, with a schema version."""
+    """The whole report as JSON, with a schema version. `worst` is null where a law without tolerance fails: JSON has no infinity."""
     content: dict[str, Any] = {
         "schema": SCHEMA,
         "paper": report.paper,
@@ -51,13 +59,9 @@ def as_json(report: Report) -> str:
         "options": report.options,
         "counts": {outcome: report.count(outcome) for outcome in OUTCOMES},
         "exit_code": report.exit_code,
-        "results": [asdict(result) for result in report.results],
+        "results": [{**asdict(r), "worst": r.worst if math.isfinite(r.worst) else None} for r in report.results],
     }
-    return json.dumps(content, indent=2, allow_nan=False, default=_finite)
-
-
-def _finite(value: Any) -> Any:
-    raise TypeError(f"{type(value).__name__} has no place in a report")
+    return json.dumps(content, indent=2, allow_nan=False)
 
 
 def as_markdown(report: Report) -> str:

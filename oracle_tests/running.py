@@ -1,6 +1,7 @@
 """Run laws against an implementation: the one road that pytest, `loracle check` and the Python call all take."""
 
 import contextlib
+import faulthandler
 import json
 import signal
 import subprocess
@@ -12,18 +13,23 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Flaky
 
 from .contract import UsageError, nearest
 from .explain import explain
 from .law import Law, laws_of, new_ledger, run_case
 from .loading import Implementation, MissingFunction, load
+from .settings import PROFILES
 
-PROFILES = {"quick": 10, "default": 50, "deep": 1000}
 OUTCOMES = ("holds", "fails", "missing", "expected to fail", "skipped")
 
 
 class LawTimeout(BaseException):
     """A law took too long. No Exception: Hypothesis would shrink it, and wait as long for each smaller case."""
+
+
+class _Missing(BaseException):
+    """A function turned out to be missing while a law ran. No Exception: there is nothing to shrink."""
 
 
 @dataclass
@@ -69,28 +75,38 @@ def evaluate(law: Law, impl: Implementation | None, *, profile: str = "default",
     if lacking:
         result.outcome, result.message = "missing", f"the implementation has no {', '.join(lacking)}"
         return result
-    ledger, last = new_ledger(law, impl), {}
+    ledger = new_ledger(law, impl)
+    last: dict[str, Any] = {}  # the case that runs, the last one that failed, and its error
     if impl is not None:
         impl.derived.clear()
+        impl.trusted = False
 
     def one_case(case: Any) -> None:
         result.cases += 1
-        last["case"] = case  # the smallest failing case is replayed last
-        run_case(law, impl, case, ledger)
+        last["running"] = case
+        try:
+            run_case(law, impl, case, ledger)
+        except MissingFunction as error:
+            raise _Missing(str(error)) from error
+        except Exception as error:
+            last["case"], last["error"] = case, error  # the smallest failing case is replayed last
+            raise
 
     try:
         with limited(time_limit):
             count = min(PROFILES[profile], law.examples or PROFILES[profile])
             _settings(count, Phase.generate, Phase.shrink)(given(case=law.cases)(one_case))()
-    except MissingFunction as error:
+    except _Missing as error:
         result.outcome, result.message = "missing", f"the implementation has no {error}"
     except LawTimeout:
-        result.outcome, result.message = "fails", f"took longer than {time_limit:g} seconds"
-        result.explanation = explain(law, impl, last.get("case"), TimeoutError(result.message))
+        slow = TimeoutError(f"took longer than {time_limit:g} seconds")
+        # If a case failed before, the time went into making it smaller: the failure is what the user wants to know
+        _fail(result, law, impl, last.get("case", last.get("running")), last.get("error", slow), time_limit)
+    except Flaky as error:
+        _fail(result, law, impl, last.get("case"), last.get("error", error), time_limit)
+        result.message += " (not every time: a later call with the same input went well; a function keeps no state between calls)"
     except Exception as error:
-        result.outcome, result.message = "fails", _first_line(error)
-        with contextlib.suppress(LawTimeout), limited(time_limit):
-            result.explanation = explain(law, impl, last.get("case"), error)
+        _fail(result, law, impl, last.get("case"), error, time_limit)
     else:
         if not ledger.compared and ledger.too_coarse:
             result.outcome, result.message = "skipped", f"precision of {impl.dtype if impl else 'float64'} is too low to tell in every case"
@@ -98,6 +114,14 @@ def evaluate(law: Law, impl: Implementation | None, *, profile: str = "default",
     result.derived = tuple(sorted(impl.derived)) if impl is not None else ()
     result.seconds = time.perf_counter() - started
     return result
+
+
+def _fail(result: Result, law: Law, impl: Implementation | None, case: Any, error: Exception, time_limit: float) -> None:
+    """Write a failure down, and explain it if that does not take too long: the implementation may hang again."""
+    result.outcome, result.message = "fails", _first_line(error)
+    result.explanation = f"{law.id} fails: {law.says}\n{result.message}"
+    with contextlib.suppress(LawTimeout), limited(time_limit):
+        result.explanation = explain(law, impl, case, error)
 
 
 def collect_cases(law: Law, count: int) -> list[Any]:
@@ -137,7 +161,7 @@ def replay(law: Law, impl: Implementation | None, cases: list[Any]) -> Exception
 
 
 def _first_line(error: BaseException) -> str:
-    kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+    kind = "" if isinstance(error, AssertionError | TimeoutError) else f"{type(error).__name__}: "
     return kind + (str(error).strip().splitlines() or [""])[0]
 
 
@@ -151,13 +175,15 @@ def limited(seconds: float) -> Iterator[None]:
     def ring(signum: int, frame: Any) -> None:
         raise LawTimeout
 
-    previous = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    previous, started = signal.signal(signal.SIGALRM, ring), time.monotonic()
+    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+        if left:  # somebody else's alarm, of pytest-timeout for instance, goes on
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - started), 1e-3))
 
 
 def check(
@@ -192,9 +218,7 @@ def check(
         raise UsageError(f"there is no profile {profile!r}{nearest(profile, PROFILES)}; known: {', '.join(PROFILES)}")
     impl = load(implementation, paper=paper, **options)
     chosen = [law for law in laws_of(paper) if not law.is_theorem]
-    for id in [*(laws or []), *(expected_failures or {})]:
-        if id.partition(".")[0] == paper and id not in (ids := [law.id for law in chosen]):
-            raise UsageError(f"there is no law {id!r}{nearest(id, ids)}; laws of {paper}: {', '.join(ids)}")
+    check_laws(paper, [*(laws or []), *(id for id in expected_failures or {} if id.partition(".")[0] == paper)])
     if laws is not None:
         chosen = [law for law in chosen if law.id in laws]
     if isolate and not isinstance(implementation, str):
@@ -209,6 +233,14 @@ def check(
         if on_result:
             on_result(report.results[-1])
     return report
+
+
+def check_laws(paper: str, ids: list[str]) -> None:
+    """Raise UsageError if one of `ids` is no law of the paper; a theorem check is none: it calls no implementation."""
+    known = [law.id for law in laws_of(paper) if not law.is_theorem]
+    for id in ids:
+        if id not in known:
+            raise UsageError(f"there is no law {id!r}{nearest(id, known)}; laws of {paper}: {', '.join(known)}")
 
 
 def describe(impl: Implementation) -> dict[str, Any]:
@@ -235,26 +267,38 @@ def expect_failure(result: Result, expected: dict[str, str]) -> Result:
     return result
 
 
+RESULT = "loracle result: "
+
+
 def _evaluate_isolated(spec: str, law: Law, profile: str, time_limit: float, options: dict[str, Any]) -> Result:
     """`evaluate` in another process, which is ended when it hangs."""
     task = json.dumps({"spec": spec, "law": law.id, "profile": profile, "time_limit": time_limit, "options": options})
     command = [sys.executable, "-c", "from loracle.oracle_tests.running import _child; _child()"]
     try:
-        # Loading torch and the implementation takes some seconds before the law's own time begins
-        done = subprocess.run(command, input=task, capture_output=True, text=True, timeout=2 * time_limit + 60)
+        # The child ends itself; this limit is for an implementation that hangs while it is imported
+        done = subprocess.run(command, input=task, capture_output=True, text=True, timeout=3 * time_limit + 60)
     except subprocess.TimeoutExpired:
-        return Result(law.id, law.says, "fails", f"hangs: its process was ended after {2 * time_limit + 60:g} seconds")
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
-        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        return Result(law.id, law.says, "fails", f"its process ended with code {done.returncode} and said: {said}")
-    return Result(**{**json.loads(lines[-1]), "derived": tuple(json.loads(lines[-1])["derived"])})
+        return Result(law.id, law.says, "fails", f"its process did not end within {3 * time_limit + 60:g} seconds and was ended")
+    for text in reversed(done.stdout.splitlines()):
+        if text.startswith(RESULT):
+            content = json.loads(text.removeprefix(RESULT))
+            return Result(**{**content, "derived": tuple(content["derived"])})
+    said = done.stderr.strip().splitlines() or ["nothing"]
+    if any(text.startswith("Timeout (") for text in said):
+        where = next((text.strip() for text in said if text.strip().startswith("File ")), "an unknown place")
+        return Result(law.id, law.says, "fails", f"hangs outside Python, at {where}: its process was ended")
+    return Result(law.id, law.says, "fails", f"its process ended with code {done.returncode} and said: {said[-1]}")
 
 
 def _child() -> None:
-    """The other process: a task as JSON on standard input, the result as JSON on the last line of standard output."""
+    """The other process: a task as JSON on standard input, the result as JSON on a line of standard output."""
     task = json.loads(sys.stdin.read())
-    paper = task["law"].partition(".")[0]
+    paper, time_limit = task["law"].partition(".")[0], task["time_limit"]
     impl = load(task["spec"], paper=paper, **task["options"])
     law = next(law for law in laws_of(paper) if law.id == task["law"])
-    print("\n" + json.dumps(asdict(evaluate(law, impl, profile=task["profile"], time_limit=task["time_limit"]))))
+    # A thread of C, which ends the process even if compiled code never gives control back. Running and explaining may each take
+    # the time limit, which ends what hangs in Python with a better message.
+    faulthandler.dump_traceback_later(2 * time_limit + 2, exit=True)
+    result = evaluate(law, impl, profile=task["profile"], time_limit=time_limit)
+    faulthandler.cancel_dump_traceback_later()
+    print("\n" + RESULT + json.dumps(asdict(result)))
