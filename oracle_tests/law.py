@@ -157,6 +157,7 @@ def assert_close(got: Any, want: Any, *, size: Any = 1.0, conditioning: float = 
     if within is None and tolerance.max(initial=0.0) > 0.1 * quantity:
         raise TooCoarse
     error = np.abs(got - want - ledger.shift * tolerance)
+    error = np.where(np.isfinite(error) & np.isfinite(tolerance), error, np.inf)  # comparing NaN is False: it would hold
     ratio = np.divide(error, tolerance, out=np.where(error > 0, np.inf, 0.0), where=tolerance > 0)
     ledger.compared += 1
     if not error.size:
