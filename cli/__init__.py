@@ -18,4 +18,6 @@ app.command()(strength.strength)
 
 def main() -> None:
     """Entry point of the console command."""
+    # Wrong usage ends with code 3 in every command; the parser's own 2 would read as "nothing was checked"
+    typer.BadParameter.__base__.exit_code = 3  # type: ignore[union-attr]
     app()
