@@ -128,7 +128,11 @@ def init(
 
 
 def draw_mask(x: Float[Tensor, "... in"], *, p: float, generator: torch.Generator | None = None) -> Bool[Tensor, "... in"]:
-    """Draw a dropout mask of the shape of `x`: True (keep) with probability 1 - p, independently for each entry."""
+    """Draw a dropout mask of the shape of `x`: True (keep) with probability 1 - p, independently for each entry.
+
+    Raises ValueError if `x` is no floating-point tensor, as the layer's input has to be.
+    """
+    check_shapes(x=(x, "... in"))
     return torch.rand(x.shape, generator=generator, device=x.device) >= p
 
 
@@ -168,8 +172,8 @@ def _drop(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
     """Inverted dropout of `x` with a drawn mask."""
     if mask is None:
         return x
-    if mask.shape != x.shape:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}; needed the shape of x, {tuple(x.shape)}")
+    if mask.shape != x.shape or mask.dtype != torch.bool:
+        raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}; needed torch.bool of the shape of x, {tuple(x.shape)}")
     return x * mask / (1 - p)
 
 
@@ -248,14 +252,19 @@ def sgd_step(
 
     Each factor decays by 1 - lr * weight_decay, so the product decays by its square, towards W0 and not towards 0.
     """
-    check_shapes(W0=(W0, "out in"))
+    check_shapes(G=(G, "out in"), W0=(W0, "out in"))
     grad_A, grad_B = gradients(G, A, B, scaling)
     decay = 1 - lr * weight_decay
     return Weights(W0, A=decay * A - lr * grad_A, B=decay * B - lr * grad_B)
 
 
 def num_trainable(W0: Float[Tensor, "out in"], *, rank: int) -> int:
-    """Number of trainable parameters beside `W0`: rank * (out + in) instead of out * in (paper, section 4.2)."""
+    """Number of trainable parameters beside `W0`: rank * (out + in) instead of out * in (paper, section 4.2).
+
+    Raises ValueError if `W0` is no floating-point matrix or `rank` is not in 1..min(out, in).
+    """
+    check_shapes(W0=(W0, "out in"))
+    check_rank(rank, W0)
     out_features, in_features = W0.shape
     return rank * (out_features + in_features)
 
