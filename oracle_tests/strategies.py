@@ -59,6 +59,19 @@ class Matrices:
         values = np.asarray(singular_values, float)
         return (self.orthonormal(rows, len(values)) * values) @ self.orthonormal(columns, len(values)).T
 
+    def separated(self, rows: int, columns: int, count: int | None = None) -> np.ndarray:
+        """A matrix of rank `count` (full rank by default) whose singular values lie apart, at least half of the mean distance.
+
+        With small whole numbers the singular values are 1, 2, ..., each the only entry of its row and column.
+        """
+        count = min(rows, columns) if count is None else count
+        values = np.arange(count, 0, -1.0)
+        if self.entries == "normal":
+            return self.with_spectrum(rows, columns, values + self.rng.random(count) / 2)
+        matrix = np.zeros((rows, columns))
+        matrix[self.rng.permutation(rows)[:count], self.rng.permutation(columns)[:count]] = values * self.rng.choice([1.0, -1.0], count)
+        return matrix
+
     def invertible(self, side: int, condition: float) -> np.ndarray:
         """A square matrix with singular values spread from 1 to 1 / `condition`."""
         return self.with_spectrum(side, side, np.geomspace(1, 1 / condition, side))
