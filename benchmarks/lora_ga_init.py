@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable
 
 import torch
-from loracle.reference import lora_ga
 from peft import LoraConfig, LoraGAConfig, get_peft_model
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
+
+from loracle.reference import lora_ga
 
 SIZE, RANK, ALPHA, CALLS = 1024, 8, 16, 200
 

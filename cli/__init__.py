@@ -2,7 +2,7 @@
 
 import typer
 
-from . import oracle, strength, toy, vectors
+from . import conformance, oracle, strength, toy, vectors
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -13,6 +13,7 @@ app.add_typer(toy.app, name="toy")
 app.add_typer(vectors.app, name="vectors")
 app.command()(oracle.check)
 app.command()(oracle.adapter)
+app.command()(conformance.conformance)
 app.command()(strength.strength)
 
 

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from ..objects import from_module
 
+PAPER, LIBRARY = "lora", "peft"
+DEVIATIONS: dict[str, str] = {}
+
 NAME = "default"  # PEFT's name for the only adapter
 A, B = f"lora_A.{NAME}.weight", f"lora_B.{NAME}.weight"
 
