@@ -182,12 +182,13 @@ class FullScale:
     sequence_length: int | Unknown
     precision: str | Unknown
     seeds: int | Unknown
+    options: dict[str, bool | int | float | str]  # of the method itself, such as gamma
     source: str
-    from_memory: tuple[str, ...]  # keys of this table whose values were not checked against the paper's text
+    from_memory: tuple[str, ...]  # keys of this table or of its options whose values were not checked against the paper's text
     aims: tuple[Aim, ...]
 
     def __post_init__(self) -> None:
-        names = [field.name for field in dataclasses.fields(self)]
+        names = [*(field.name for field in dataclasses.fields(self)), *self.options]
         for name in self.from_memory:
             if name not in names:
                 raise ValueError(f"from_memory names {name!r}; {nearest(name, names)}")

@@ -131,6 +131,7 @@ def full_scale(slug: str) -> None:
     """Print the settings of the full-scale run and the published figures to aim at."""
     path = Path(inspect.getfile(read_results)).with_name("configs") / f"{slug}.toml"
     full = tomllib.loads(path.read_text())["full"]
+    full |= full.pop("options")
     aims, memory, source = full.pop("aims"), full.pop("from_memory"), full.pop("source")
     print(f"Settings from `toy_tasks/configs/{slug}.toml`. Source: {source}.")
     cells = (
