@@ -44,3 +44,8 @@ def draw_orthonormal(rows: int, columns: int, generator: torch.Generator) -> Ten
 def draw_whitened(num_samples: int, features: int, generator: torch.Generator) -> Tensor:
     """Random inputs X (num_samples, features), made such that X^T X / num_samples = I."""
     return draw_orthonormal(num_samples, features, generator) * math.sqrt(num_samples)
+
+
+def draw_uneven(num_samples: int, features: int, smallest: float, generator: torch.Generator) -> Tensor:
+    """Normal inputs (num_samples, features) whose standard deviations fall evenly from 1 for the first to `smallest` for the last."""
+    return torch.randn(num_samples, features, generator=generator) * torch.linspace(1, smallest, features)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, stack_module_state
+from torch.func import functional_call, stack_module_state
 
 from .datasets import draw_orthonormal
 
@@ -104,8 +104,9 @@ class Shift:
     def gradient(self, i: int, W: Tensor, rows: Tensor) -> Tensor:
         """Gradient (out, in) of the i-th seed's loss on some of its samples, in the weight, at `W`; on the device of `W`."""
         x, y = self.x[i].to(W)[rows], self.y[i].to(W)[rows]
-        gradient: Tensor = grad(lambda W: self._error(x @ W.T, y))(W)
-        return gradient
+        W = W.detach().requires_grad_()
+        # Not torch.func.grad, whose first call imports torch's compiler
+        return torch.autograd.grad(self._error(x @ W.T, y), W)[0]
 
     def _error(self, z: Tensor, y: Tensor) -> Tensor:
         return (self.activation(z) - y).square().sum(dim=-1).mean(dim=-1)
