@@ -194,6 +194,17 @@ def test_published_results_were_made_with_the_settings_of_today_and_five_seeds(s
     assert sum(published.seconds.values()) < 60
 
 
+@pytest.mark.parametrize("slug", SLUGS)
+def test_a_quick_run_is_repeated_bit_for_bit_within_three_seconds_and_drawn(tmp_path, quick_run, slug):
+    first = quick_run(slug)
+    task, config = experiment.load(slug, quick=True)
+    again = experiment.run(task, config, seeds=range(3), out=tmp_path, quick=True)
+    assert again.metrics == first.metrics
+    assert again.curves == first.curves
+    assert min(sum(again.seconds.values()), sum(first.seconds.values())) < 3
+    task.figure(first)
+
+
 def test_experiments_are_found_by_their_files_alone(tmp_path):
     for name in ("b.py", "a.py", "_shared.py", "__init__.py", "notes.txt"):
         (tmp_path / name).touch()

@@ -1,4 +1,4 @@
-"""LoRA's experiment: the same numbers each time, and claims that fail when they should."""
+"""LoRA's experiment: its numbers by another road, and claims that fail when they should."""
 
 from pathlib import Path
 
@@ -16,19 +16,12 @@ def run(out: Path, *overrides: str) -> experiment.Results:
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("quick"))
+def quick(quick_run):
+    return quick_run("lora")
 
 
 def verdicts(results):
     return {claim.id: claim.verdict for claim in results.claims}
-
-
-def test_a_quick_run_is_repeated_bit_for_bit_within_three_seconds(tmp_path, quick):
-    again = run(tmp_path)
-    assert again.metrics == quick.metrics
-    assert again.curves == quick.curves
-    assert sum(again.seconds.values()) < 3 or sum(quick.seconds.values()) < 3
 
 
 def test_a_quick_run_reaches_the_tail_and_sees_the_scaling(quick):
