@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from .settings import Settings
 
 HERE = Path(__file__).parent
-LAW, OUTCOME, RUN, DERIVED = "loracle.law", "loracle.outcome", "loracle.run", "loracle.derived"  # properties in reports and JUnit XML
+# Properties of a test, in its report and in JUnit XML
+LAW, OUTCOME, RUN, NOTE, DERIVED = "loracle.law", "loracle.outcome", "loracle.run", "loracle.note", "loracle.derived"
 OUTCOMES = ("holds", "fails", "missing", "expected to fail", "skipped")
 _config: pytest.Config | None = None
 _settings: Settings | None = None
@@ -133,7 +134,7 @@ def run_law(law: Law, impl: Implementation | None) -> None:
         run = (
             f"{law.paper} of {impl.name} (arrays {options['arrays']}, dtype {options['dtype']}, tolerance factor {options['tolerance']:g})"
         )
-        _item.user_properties += [(LAW, law.id), (OUTCOME, result.outcome), (RUN, run)]
+        _item.user_properties += [(LAW, law.id), (OUTCOME, result.outcome), (RUN, run), (NOTE, result.message)]
         if result.derived:
             _item.user_properties.append((DERIVED, ", ".join(result.derived)))
     if result.outcome == "fails":
@@ -153,11 +154,15 @@ def pytest_report_teststatus(report: Any) -> tuple[str, str, str] | None:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """All five outcomes, counted for each implementation, with the tolerance factor."""
+    laws = [_properties(report) for report in _reports(terminalreporter)]
     for run, counts in _counts(terminalreporter).items():
         terminalreporter.section(run)
+        for law in laws:
+            if law[RUN] == run and law[OUTCOME] in ("missing", "skipped", "expected to fail"):
+                terminalreporter.line(f"{law[LAW]} {law[OUTCOME]}: {law[NOTE]}")
+        if derived := sorted({law[DERIVED] for law in laws if law[RUN] == run and DERIVED in law}):
+            terminalreporter.line(f"derived, as the implementation lacks it: {', '.join(derived)}")
         terminalreporter.line(", ".join(f"{counts.get(outcome, 0)} {outcome}" for outcome in OUTCOMES))
-        if derived := ", ".join(sorted({_properties(r)[DERIVED] for r in _reports(terminalreporter) if DERIVED in _properties(r)})):
-            terminalreporter.line(f"derived, as the implementation lacks them: {derived}")
     if _checked_nothing(terminalreporter):
         terminalreporter.line("Nothing was checked: the implementation lacks what these laws need, or its precision is too low.")
 

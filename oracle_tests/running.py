@@ -14,6 +14,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Flaky
+from hypothesis.internal.conjecture import providers
 
 from .contract import UsageError, nearest
 from .explain import explain
@@ -93,7 +94,7 @@ def evaluate(law: Law, impl: Implementation | None, *, profile: str = "default",
             raise
 
     try:
-        with limited(time_limit):
+        with limited(time_limit), _cases_of_their_own():
             count = min(PROFILES[profile], law.examples or PROFILES[profile])
             _settings(count, Phase.generate, Phase.shrink)(given(case=law.cases)(one_case))()
     except _Missing as error:
@@ -131,8 +132,28 @@ def collect_cases(law: Law, count: int) -> list[Any]:
     def keep(case: Any) -> None:
         cases.append(case)
 
-    _settings(count, Phase.generate)(given(case=law.cases)(keep))()
+    with _cases_of_their_own():
+        _settings(count, Phase.generate)(given(case=law.cases)(keep))()
     return cases
+
+
+@contextlib.contextmanager
+def _cases_of_their_own() -> Iterator[None]:
+    """Keep Hypothesis from trying constants that it finds in the source code of whatever project it runs in.
+
+    With them a law's cases would depend on the folder and on what else is imported, and the constants would be stored in a folder
+    `.hypothesis` there. There is no setting for it; a version of Hypothesis without this method is left as it is.
+    """
+    provider: Any = providers.HypothesisProvider
+    original = getattr(provider, "_maybe_draw_constant", None)
+    if original is None:
+        yield
+        return
+    provider._maybe_draw_constant = lambda self, *args, **kwargs: None
+    try:
+        yield
+    finally:
+        provider._maybe_draw_constant = original
 
 
 def _settings(count: int, *phases: Phase) -> settings:
