@@ -104,6 +104,17 @@ def random_states() -> dict[str, Any]:
     return states
 
 
+def advance_random_states() -> None:
+    """Draw from the global generators, so that they are in no state that seeding gives (Hypothesis seeds two of them by 0)."""
+    import random
+
+    for _ in range(5):
+        random.random()
+    np.random.random(5)
+    if torch := sys.modules.get("torch"):
+        torch.rand(5)
+
+
 def restore_random_states(states: dict[str, Any]) -> None:
     """Set the global generators back to what `random_states` found."""
     import random

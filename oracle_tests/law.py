@@ -156,9 +156,10 @@ def assert_close(got: Any, want: Any, *, size: Any = 1.0, conditioning: float = 
     quantity = max(np.abs(want).max(initial=0.0), np.max(size) if not np.any(want) else 0.0)
     if within is None and tolerance.max(initial=0.0) > 0.1 * quantity:
         raise TooCoarse
-    error = np.abs(got - want - ledger.shift * tolerance)
-    error = np.where(np.isfinite(error) & np.isfinite(tolerance), error, np.inf)  # comparing NaN is False: it would hold
+    # Where equality is asked for, an expected value is moved by as many roundings
+    error = np.abs(got - want - ledger.shift * np.where(tolerance > 0, tolerance, ledger.eps * (1 + np.abs(want))))
     ratio = np.divide(error, tolerance, out=np.where(error > 0, np.inf, 0.0), where=tolerance > 0)
+    ratio = np.where(np.isfinite(error) & np.isfinite(tolerance), ratio, np.inf)  # comparing NaN is False: it would hold
     ledger.compared += 1
     if not error.size:
         return

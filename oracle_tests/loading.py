@@ -180,6 +180,7 @@ class Implementation:
             self._watch(body, case)
             self.trusted = True
             return
+        arr.advance_random_states()
         states, printed = arr.random_states(), io.StringIO()
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             body(self, case)
@@ -197,6 +198,7 @@ class Implementation:
     @contextlib.contextmanager
     def _quiet(self, spec: Function, arguments: dict[str, Any]) -> Iterator[None]:
         """Raise ContractBroken if the call inside prints or touches a global generator."""
+        arr.advance_random_states()
         states, printed = arr.random_states(), io.StringIO()
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             yield
@@ -262,7 +264,7 @@ def load(spec: Any, *, paper: str, **options: Any) -> Implementation:
     """
     from .law import laws_module
 
-    derivations = tuple(v for v in vars(laws_module(paper)).values() if isinstance(v, Derivation))
+    derivations = tuple(v for v in vars(laws_module(check_paper(paper))).values() if isinstance(v, Derivation))
     if not isinstance(spec, str):
         name = getattr(spec, "__name__", type(spec).__name__)
         return Implementation(_namespace(spec), paper=paper, name=name, derivations=derivations, **options)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .contract import UsageError, nearest
+
 
 class FixedMask(nn.Module):
     """In place of a layer's dropout: the mask and the probability that the oracle chose."""
@@ -42,6 +44,9 @@ def from_module(
 
     Returns:
         A namespace for `check`; what the module lacks is left out and reads "missing".
+
+    Raises:
+        UsageError: the module has no parameter or method of that name.
     """
     A_name, B_name, weight_name = A, B, weight
     options = set(inspect.signature(build).parameters)
@@ -49,7 +54,8 @@ def from_module(
     def wrap(W0: Tensor, rank: int, alpha: float, bias: Tensor | None = None, seed: int = 0, **chosen: Any) -> nn.Module:
         # Modules draw from the global generator when they are made: seed it, and put it back as it was
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            # On the CPU its own generator is seeded alone: `torch.manual_seed` takes a millisecond to note it for every device
+            (torch.default_generator if W0.device.type == "cpu" else torch).manual_seed(seed)
             linear = nn.Linear(W0.shape[1], W0.shape[0], bias=bias is not None, dtype=W0.dtype, device=W0.device)
             linear.weight.data.copy_(W0)
             if bias is not None:
@@ -130,6 +136,7 @@ def from_module(
     def num_trainable(W0: Tensor, *, rank: int) -> int:
         return sum(p.numel() for p in wrap(W0, rank, 1.0).parameters() if p.requires_grad)
 
+    _check_names(wrap(torch.zeros(2, 2), 1, 1.0), (A, B, weight), ("merge", "unmerge") if has_merge else ())
     dropout = {"mask", "p"} if set_dropout else set()
     functions: dict[str, Any] = {
         "scaling_factor": _taking(scaling_factor, {"alpha", "rank", *options & {"rslora"}}),
@@ -143,6 +150,17 @@ def from_module(
     if has_merge:
         functions |= {"merge": merge, "unmerge": unmerge}
     return SimpleNamespace(**functions)
+
+
+def _check_names(layer: nn.Module, parameters: tuple[str, ...], methods: tuple[str, ...]) -> None:
+    """Raise UsageError if the module lacks one of these: once, where it is plugged in, and not in every law."""
+    have = [name for name, _ in layer.named_parameters()]
+    for name in parameters:
+        if name not in have:
+            raise UsageError(f"{type(layer).__name__} has no parameter {name!r}{nearest(name, have)}; it has: {', '.join(have)}")
+    for name in methods:
+        if not callable(getattr(layer, name, None)):
+            raise UsageError(f"{type(layer).__name__} has no method {name!r}; give has_merge=False if it cannot merge")
 
 
 def _taking(function: Callable[..., Any], parameters: set[str]) -> Callable[..., Any]:

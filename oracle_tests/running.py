@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Flaky
 from hypothesis.internal.conjecture import providers
 
+from .arrays import random_states, restore_random_states
 from .contract import UsageError, nearest
 from .explain import explain
 from .law import Law, laws_of, new_ledger, run_case
@@ -93,6 +94,7 @@ def evaluate(law: Law, impl: Implementation | None, *, profile: str = "default",
             last["case"], last["error"] = case, error  # the smallest failing case is replayed last
             raise
 
+    states = random_states()
     try:
         with limited(time_limit), _cases_of_their_own():
             count = min(PROFILES[profile], law.examples or PROFILES[profile])
@@ -107,10 +109,11 @@ def evaluate(law: Law, impl: Implementation | None, *, profile: str = "default",
         _fail(result, law, impl, last.get("case"), last.get("error", error), time_limit)
         result.message += " (not every time: a later call with the same input went well; a function keeps no state between calls)"
     except Exception as error:
-        _fail(result, law, impl, last.get("case"), error, time_limit)
+        _fail(result, law, impl, last.get("case"), last.get("error", error), time_limit)
     else:
         if not ledger.compared and ledger.too_coarse:
             result.outcome, result.message = "skipped", f"precision of {impl.dtype if impl else 'float64'} is too low to tell in every case"
+    restore_random_states(states)  # the oracle too leaves the global generators as they were
     result.worst = ledger.worst
     result.derived = tuple(sorted(impl.derived)) if impl is not None else ()
     result.seconds = time.perf_counter() - started
@@ -121,8 +124,13 @@ def _fail(result: Result, law: Law, impl: Implementation | None, case: Any, erro
     """Write a failure down, and explain it if that does not take too long: the implementation may hang again."""
     result.outcome, result.message = "fails", _first_line(error)
     result.explanation = f"{law.id} fails: {law.says}\n{result.message}"
-    with contextlib.suppress(LawTimeout), limited(time_limit):
-        result.explanation = explain(law, impl, case, error)
+    try:
+        with limited(time_limit):
+            result.explanation = explain(law, impl, case, error)
+    except LawTimeout:
+        pass
+    except Exception as trouble:  # the failure itself must not get lost
+        result.explanation += f"\n(This could not be explained further: {type(trouble).__name__}: {trouble})"
 
 
 def collect_cases(law: Law, count: int) -> list[Any]:
@@ -197,7 +205,8 @@ def limited(seconds: float) -> Iterator[None]:
         raise LawTimeout
 
     previous, started = signal.signal(signal.SIGALRM, ring), time.monotonic()
-    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    # It rings again and again, as Python swallows what is raised in a callback of the garbage collector, for instance
+    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)
     try:
         yield
     finally:
