@@ -4,7 +4,7 @@ This runs apart from shrinking, since on the smallest inputs many mistakes coinc
 eight fixed generic cases (out != in, rank >= 2, scaling none of 0, 1, 2, rank; separated spectra; several positions).
 
 - What is compared is a *probe*: one function with some of its options, and of the functions and options of a paper only
-  those that the failing law needs, so that a second mistake elsewhere does not hide the first.
+  those that the failing law looks at, so that a second mistake elsewhere does not hide the first.
 - What a probe gives are *observables*: by default the parts of the result, else what `OBSERVABLES` of `mistakes/SLUG.py`
   makes of it, such as products that do not depend on a free sign. Where two seeds give the reference different values,
   statistics over seeds take the place of the value. An error and a broken contract are observables too.
@@ -13,11 +13,14 @@ eight fixed generic cases (out != in, rank >= 2, scaling none of 0, 1, 2, rank; 
 - Mistakes that these probes cannot tell apart are told apart by the other functions, if the implementation has them.
 """
 
+import ast
+import contextlib
 import functools
 import inspect
 import math
+import textwrap
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any, NamedTuple
@@ -25,9 +28,9 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from .arrays import EPS, round_to
+from .arrays import EPS, random_states, restore_random_states, round_to
 from .contract import Shape, contract
-from .law import laws_of
+from .law import Law, laws_of
 from .loading import ContractBroken, Implementation, MissingFunction, load
 from .mistakes import Mistake, mistakes_of, observables_of, wrong
 from .strategies import Matrices
@@ -107,7 +110,8 @@ class GenericCase:
         if shape.dtype == "Bool":
             return matrices.rng.random(sides) < 0.625
         if len(sides) == 2 and "..." not in names:
-            return self.rounded(matrices.with_spectrum(sides[0], sides[1], 4 * 0.75 ** np.arange(min(sides))))
+            values = (1 + sum(shape.name.encode()) % 5 / 4) * np.linspace(2, 1, min(sides)) ** 2
+            return self.rounded(matrices.with_spectrum(sides[0], sides[1], values))
         return self.rounded(matrices(*sides))
 
     def rounded(self, array: np.ndarray) -> np.ndarray:
@@ -137,18 +141,37 @@ def probes_for(paper: str, needs: Iterable[str]) -> tuple[Probe, ...]:
     choices, wanted = observables_of(paper).choices, dict[str, list[str]]()
     for need in needs:
         function, _, option = need.partition(".")
-        wanted.setdefault(function, []).extend([option] if option else [])
+        known = contract(paper)[function].parameters
+        wanted.setdefault(function, []).extend([option] if option in known and not known[option].required else [])
     probes: dict[Probe, None] = {}
     for function, options in wanted.items():
-        plain = tuple(o for o in options if o not in choices and o != "generator")
+        plain = tuple(sorted({o for o in options if o not in choices and o != "generator"}))
         picks = [((o, value),) for o in options for value in choices.get(o, ())]
         probes |= dict.fromkeys([Probe(function), Probe(function, plain), *(Probe(function, plain, pick) for pick in picks)])
     return tuple(probes)
 
 
 @functools.cache
+def looked_at(law: Law) -> tuple[str, ...]:
+    """The functions and options that a law looks at: those that it needs, and those that it names where it calls.
+
+    `needs` alone would do if it named every option; options without which an implementation is hardly one are left out there.
+    """
+    found: dict[str, None] = dict.fromkeys(law.needs)
+    todo, seen = [law.body], list[Any]()
+    while todo:
+        seen.append(function := todo.pop())
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "impl":
+                found |= dict.fromkeys([node.func.attr, *(f"{node.func.attr}.{k.arg}" for k in node.keywords if k.arg)])
+        called = inspect.getclosurevars(function).globals.values()
+        todo += [f for f in called if inspect.isfunction(f) and f.__module__ == law.body.__module__ and f not in seen]
+    return tuple(need for need in found if need.partition(".")[0] in contract(law.paper))
+
+
+@functools.cache
 def _all_probes(paper: str) -> tuple[Probe, ...]:
-    return tuple(dict.fromkeys(p for law in laws_of(paper) for p in probes_for(paper, law.needs)))
+    return tuple(dict.fromkeys(p for law in laws_of(paper) if law.needs for p in probes_for(paper, looked_at(law))))
 
 
 def _called_needs(impl: Implementation, needs: Iterable[str]) -> list[str]:
@@ -171,6 +194,7 @@ class Draws(NamedTuple):
     varies: bool  # another seed gives another
     zero: bool
     moments: np.ndarray  # see _moments
+    noise: np.ndarray  # standard error of the moments
 
 
 Value = np.ndarray | Draws | str
@@ -178,11 +202,34 @@ Observation = dict[str, Value]  # by name; an error is the one value of the name
 ERROR = "error"
 
 
-class Observed(NamedTuple):
-    """What one probe gave on each case, and the eps of the narrowest dtype in which all its results exist."""
+class Seen(NamedTuple):
+    """What one probe gave on one case, and the eps of the narrowest dtype in which all its results exist."""
 
-    cases: tuple[Observation, ...]
+    values: Observation
     eps: float
+
+
+class Observed:
+    """What one probe of one implementation gives, case by case, called when asked for: most comparisons end with the first case."""
+
+    def __init__(self, impl: Implementation, probe: Probe, dtype: str) -> None:
+        self.impl, self.probe, self.cases = impl, probe, generic_cases(impl.paper, dtype)
+        self.random = _random_names(impl.paper, dtype, probe)
+        self.seen: dict[int, Seen] = {}
+
+    def __getitem__(self, number: int) -> Seen:
+        if number not in self.seen:
+            self.impl.run(self._look, self.cases[number])
+        return self.seen[number]
+
+    def _look(self, impl: Implementation, case: GenericCase) -> None:
+        widths: list[float] = []
+        values = _observe_case(impl, self.probe, case, self.random, widths)
+        self.seen[case.number] = Seen(values, min(widths, default=0.0))
+
+    def all_cases(self) -> list[Observation]:
+        """The observables of every case."""
+        return [self[k].values for k in range(len(self.cases))]
 
 
 @functools.cache
@@ -197,38 +244,33 @@ def _random_names(paper: str, dtype: str, probe: Probe) -> frozenset[str]:
             first, other = (_one_call(reference, probe, case, seed) for seed in (1, 2))
         except Exception:  # the reference refuses the generic arguments: see _truth
             return frozenset()
-        found |= {name for name in first if not np.array_equal(first[name], other[name])}
+        found |= _unlike(first, other, dtype)
     return frozenset(found)
 
 
 def observe(impl: Implementation, probe: Probe, dtype: str) -> Observed | None:
-    """The observables of a probe on every generic case; None where the implementation or the cases lack something."""
-    found, widths, random = list[Observation](), list[float](), _random_names(impl.paper, dtype, probe)
-
-    def body(impl: Implementation, cases: tuple[GenericCase, ...]) -> None:
-        found.clear()  # `run` calls this twice where it has seen output
-        found.extend(_observe_case(impl, probe, case, random, widths) for case in cases)
-
+    """The observables of a probe on the generic cases; None where the implementation or the cases lack something."""
+    observed = Observed(impl, probe, dtype)
     try:
-        impl.run(body, generic_cases(impl.paper, dtype))
+        observed[0]
     except (MissingFunction, NoValue):
         return None
-    return Observed(tuple(found), min(widths, default=0.0))
+    return observed
 
 
 def _observe_case(impl: Implementation, probe: Probe, case: GenericCase, random: frozenset[str], widths: list[float]) -> Observation:
     try:
         seed = case.value(Shape("generator", None, "int"))
         first = _one_call(impl, probe, case, seed, widths)
-        if "generator" not in impl.contract[probe.function].parameters:
+        if not impl.provides(f"{probe.function}.generator"):
             return dict(first)
         other = _one_call(impl, probe, case, seed + 1)
-        drawn_here = random | {name for name in first if not np.array_equal(first[name], other[name])}
-        if not drawn_here:
+        if not (random or _unlike(first, other, case.dtype)):
             return dict(first)
         again, *more = (_one_call(impl, probe, case, seed + i) for i in (0, *range(2, SEEDS)))
         drawn = [first, other, *more]
-        return {name: _draws([d[name] for d in drawn], again[name]) if name in drawn_here else value for name, value in first.items()}
+        varying = random.union(*(_unlike(first, one, case.dtype) for one in drawn))
+        return {name: _draws([d[name] for d in drawn], again[name]) if name in varying else value for name, value in first.items()}
     except (MissingFunction, NoValue):
         raise
     except ContractBroken as error:
@@ -243,14 +285,20 @@ def _one_call(impl: Implementation, probe: Probe, case: GenericCase, seed: int, 
     spec, chosen = impl.contract[probe.function], dict(probe.choice)
     names = [p.name for p in spec.parameters.values() if p.required or p.name in probe.options]
     arguments: dict[str, Any] = {name: case.value(spec.parameters[name]) for name in names} | chosen
-    if "generator" in spec.parameters:
+    if impl.provides(f"{probe.function}.generator"):
         arguments["generator"] = seed
     result = impl.call(probe.function, **arguments)
     parts = dict(zip([p.name for p in spec.returns], result, strict=True)) if spec.result else {"result": result}
     if widths is not None:
         widths.extend(_narrowest(part) for part in parts.values() if isinstance(part, np.ndarray) and part.dtype.kind == "f" and part.any())
-    gauge_free = observables_of(impl.paper).gauge_free.get(probe.function)
+    known = observables_of(impl.paper).gauge_free
+    gauge_free = next((known[n] for n in (*(f"{probe.function}.{o}" for o in probe.options), probe.function) if n in known), None)
     return {name: np.asarray(part) for name, part in (gauge_free(case, result) if gauge_free else parts).items()}
+
+
+def _unlike(first: dict[str, np.ndarray], other: dict[str, np.ndarray], dtype: str) -> set[str]:
+    """The names of what differs by more than rounding."""
+    return {n for n in first if not _same(first[n], other[n], ROUNDING[dtype], up_to_scale=False)}
 
 
 def _narrowest(array: np.ndarray) -> float:
@@ -261,23 +309,24 @@ def _narrowest(array: np.ndarray) -> float:
 def _draws(drawn: list[np.ndarray], again: np.ndarray) -> Draws:
     stack = np.stack(drawn).astype(float)
     varies = any(not np.array_equal(one, drawn[0]) for one in drawn)
-    return Draws(np.array_equal(again, drawn[0]), varies, not stack.any(), _moments(stack))
+    noise = np.abs(_moments(stack[::2]) - _moments(stack[1::2])) / 2
+    return Draws(np.array_equal(again, drawn[0]), varies, not stack.any(), _moments(stack), noise)
 
 
 def _moments(stack: np.ndarray) -> np.ndarray:
-    """Size, mean, largest value, fourth moment, and spread of the means of rows and of columns, all but the first relative."""
+    """Size, mean, largest value, fourth moment, spread of the means of rows, columns and entries; all but the first relative."""
     size = math.sqrt(np.mean(stack**2))
     if size == 0:
-        return np.zeros(6)
+        return np.zeros(7)
     unit = stack.reshape(len(stack), -1, stack.shape[-1] if stack.ndim > 1 else 1) / size
     centred = unit - unit.mean()
-    rows, columns = (math.sqrt(np.mean(centred.mean(axis=axis) ** 2)) for axis in (2, 1))
-    return np.array([math.log(size), unit.mean(), np.abs(unit).max(), np.mean(unit**4), rows, columns])
+    rows, columns, places = (math.sqrt(np.mean(centred.mean(axis=axis) ** 2)) for axis in (2, 1, 0))
+    return np.array([math.log(size), unit.mean(), np.abs(unit).max(), np.mean(unit**4), rows, columns, places])
 
 
-# How far the moments of two samples may lie apart: on one case, and in the mean over the cases
-ON_ONE_CASE = np.array([0.25, 0.25, 1.0, 1.5, 0.2, 0.2])
-ON_AVERAGE = np.array([0.05, 0.05, 0.4, 0.4, 0.06, 0.06])
+# How far the moments of two samples may lie apart: on one case, and in the mean over the cases (or four standard errors)
+ON_ONE_CASE = np.array([0.6, 0.5, 3.0, 6.0, 0.4, 0.4, 0.4])
+ON_AVERAGE = np.array([0.05, 0.05, 0.4, 0.4, 0.06, 0.06, 0.03])
 
 
 # Comparing
@@ -285,15 +334,21 @@ ON_AVERAGE = np.array([0.05, 0.05, 0.4, 0.4, 0.06, 0.06])
 
 def agree(ours: Observed, theirs: Observed, truth: Observed, dtype: str, *, up_to_scale: bool = False) -> bool:
     """Whether two implementations give the same observables in every case."""
-    tolerance = ROUNDING[dtype]
-    # Both computed in one narrower precision, which the reference does not: they share its rounding errors only in size
-    narrow = max(ours.eps, EPS[dtype])
-    if narrow == max(theirs.eps, EPS[dtype]) > max(truth.eps, EPS[dtype]):
-        tolerance = max(tolerance, *(ROUNDING[d] for d, eps in EPS.items() if eps == narrow))
-    pairs = list(zip(ours.cases, theirs.cases, strict=True))
-    return all(a.keys() == b.keys() and all(_same(a[n], b[n], tolerance, up_to_scale) for n in a) for a, b in pairs) and (
-        up_to_scale or _same_on_average(pairs)
-    )
+    pairs = []
+    for k in range(len(SIZES)):
+        a, b = ours[k].values, theirs[k].values
+        tolerance = _tolerance(ours[k].eps, theirs[k].eps, truth[k].eps, dtype)
+        if a.keys() != b.keys() or not all(_same(a[n], b[n], tolerance, up_to_scale) for n in a):
+            return False
+        pairs.append((a, b))
+    return up_to_scale or _same_on_average(pairs)
+
+
+def _tolerance(ours: float, theirs: float, truth: float, dtype: str) -> float:
+    """Two that both compute in one narrower precision, which the reference does not, share its rounding errors only in size."""
+    narrow = max(ours, EPS[dtype])
+    both = narrow == max(theirs, EPS[dtype]) > max(truth, EPS[dtype])
+    return max(ROUNDING[d] for d, eps in EPS.items() if d == dtype or (both and eps == narrow))
 
 
 def _same(a: Value, b: Value, tolerance: float, up_to_scale: bool) -> bool:
@@ -317,10 +372,13 @@ def _same_array(a: np.ndarray, b: np.ndarray, tolerance: float, up_to_scale: boo
 
 def _same_on_average(pairs: list[tuple[Observation, Observation]]) -> bool:
     """Whether draws agree in the mean over the cases, which is sharper than each case alone."""
-    for name, value in pairs[0][0].items():
-        if isinstance(value, Draws) and value.varies:
-            apart = [a[name].moments - b[name].moments for a, b in pairs]  # type: ignore[union-attr]
-            if np.any(np.abs(np.mean(apart, axis=0)) > ON_AVERAGE):
+    for name in pairs[0][0]:
+        values = [(a[name], b[name]) for a, b in pairs]
+        drawn = [(a, b) for a, b in values if isinstance(a, Draws) and isinstance(b, Draws) and a.varies]
+        if drawn:
+            apart = np.mean([a.moments - b.moments for a, b in drawn], axis=0)
+            error = np.sqrt(np.sum([a.noise**2 + b.noise**2 for a, b in drawn], axis=0)) / len(drawn)
+            if np.any(np.abs(apart) > np.maximum(ON_AVERAGE, 4 * error)):
                 return False
     return True
 
@@ -342,7 +400,7 @@ def _wrong(mistake: Mistake) -> Implementation:
 def _truth(paper: str, probe: Probe, dtype: str) -> Observed | None:
     """What the reference gives; None if it refuses the generic arguments, which then tell nothing."""
     seen = observe(_reference(paper), probe, dtype)
-    return seen if seen and not any(ERROR in case for case in seen.cases) else None
+    return seen if seen and not any(ERROR in values for values in seen.all_cases()) else None
 
 
 @functools.cache
@@ -416,7 +474,7 @@ def diagnose(impl: Implementation, needs: Iterable[str] | None = None) -> Diagno
 
     Args:
         impl: the implementation under test.
-        needs: functions and options to look at, as in `Law.needs`; default: all that the laws of the paper need.
+        needs: functions ("merge") and options ("forward.mask") to look at; default: all that the laws of the paper look at.
 
     Raises:
         TooSlow: its functions take longer than `TIME_LIMIT`.
@@ -424,13 +482,29 @@ def diagnose(impl: Implementation, needs: Iterable[str] | None = None) -> Diagno
     patient = _patients.setdefault(impl, _Patient())
     wanted = tuple(_called_needs(impl, needs)) if needs is not None else ("",)
     if wanted not in patient.diagnoses:
-        derived = set(impl.derived)
+        derived, states = set(impl.derived), random_states()
         probes = _all_probes(impl.paper) if needs is None else probes_for(impl.paper, wanted)
-        with warnings.catch_warnings(), np.errstate(all="ignore"):
+        with warnings.catch_warnings(), np.errstate(all="ignore"), _one_thread():
             warnings.simplefilter("ignore")
-            patient.diagnoses[wanted] = _Comparison(impl, patient).diagnose(probes)
-        impl.derived = derived
+            try:
+                patient.diagnoses[wanted] = _Comparison(impl, patient).diagnose(probes)
+            finally:  # there are mistakes that draw from the global generators
+                impl.derived = derived
+                restore_random_states(states)
     return patient.diagnoses[wanted]
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch on one thread: on matrices as small as these, several only wait for each other, on a busy machine for long."""
+    import torch  # the reference needs it in any case
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Comparison:
@@ -439,10 +513,11 @@ class _Comparison:
     def __init__(self, impl: Implementation, patient: _Patient) -> None:
         self.impl, self.patient, self.dtype = impl, patient, impl.dtype
         self.mistakes = [m for m in mistakes_of(impl.paper) if not m.harmless]
+        self.right: dict[tuple[Probe, bool], bool] = {}  # which probes agree with the reference
 
     def diagnose(self, probes: tuple[Probe, ...]) -> Diagnosis:
         self._observe(probes)
-        probes = tuple(p for p in probes if self._ours(p) is not None)
+        probes = tuple(p for p in probes if self._is_there(p))
         wrong_ones = [p for p in probes if not self._agrees(p, None)]
         if not probes:
             return Diagnosis(note="there is nothing to compare")
@@ -467,11 +542,18 @@ class _Comparison:
                 for current in todo:
                     if current.function in self.patient.too_slow:
                         raise LawTimeout
-                    self.patient.seen[current] = observe(self.impl, current, self.dtype)
+                    if seen := observe(self.impl, current, self.dtype):
+                        seen.all_cases()
+                    self.patient.seen[current] = seen
         except LawTimeout:
             assert current is not None
             self.patient.too_slow.add(current.function)
             raise TooSlow(f"{current.function} takes too long") from None
+
+    def _is_there(self, probe: Probe) -> bool:
+        """Whether the implementation can do this; a word that an option refuses in every case is one that it does not know."""
+        ours = self._ours(probe)
+        return ours is not None and not (probe.choice and all(values.get(ERROR) == "raises" for values in ours.all_cases()))
 
     def _ours(self, probe: Probe) -> Observed | None:
         return self.patient.seen.get(probe)
@@ -480,18 +562,31 @@ class _Comparison:
         """Whether the implementation does on this probe what a mistake (None: the reference) does."""
         ours, truth = self._ours(probe), _truth(self.impl.paper, probe, self.dtype)
         theirs = truth if mistake is None else _observed_mistake(mistake, probe, self.dtype)
-        return None not in (ours, theirs, truth) and agree(ours, theirs, truth, self.dtype, up_to_scale=up_to_scale)  # type: ignore[arg-type]
+        if ours is None or theirs is None or truth is None:
+            return False
+        if theirs is truth:  # asked again for every mistake of other functions
+            key = (probe, up_to_scale)
+            if key not in self.right:
+                self.right[key] = agree(ours, truth, truth, self.dtype, up_to_scale=up_to_scale)
+            return self.right[key]
+        return agree(ours, theirs, truth, self.dtype, up_to_scale=up_to_scale)
 
     def _explain(self, probes: Iterable[Probe], up_to_scale: bool = False) -> tuple[Mistake, ...]:
         """The mistakes that agree with the implementation in every probe, and differ from the truth in one."""
-        probes = tuple(probes)
+        # What is wrong first, where most mistakes drop out, and what is drawn many times last
+        ordered = sorted(probes, key=lambda p: (self._agrees(p, None), bool(_random_names(self.impl.paper, self.dtype, p))))
         found = []
         for mistake in self.mistakes:
-            telling = [p for p in probes if _differs(mistake, p, self.dtype, up_to_scale)]
-            # The size is free only in what the mistake is about
-            if telling and all(self._agrees(p, mistake, up_to_scale and p in telling) for p in probes):
-                found.append(mistake)
+            if all(self._explains(mistake, p, up_to_scale) for p in ordered):
+                # Both agree with ours: if neither differs from the truth, the mistake explains nothing
+                found += [mistake] if any(_differs(mistake, p, self.dtype, up_to_scale) for p in ordered) else []
         return self._narrowed(found) if len(found) > 1 else tuple(found)
+
+    def _explains(self, mistake: Mistake, probe: Probe, up_to_scale: bool) -> bool:
+        """Whether the implementation does what the mistake does; the size is free only in what the mistake is about."""
+        if self._agrees(probe, mistake):
+            return True
+        return up_to_scale and self._agrees(probe, mistake, True) and _differs(mistake, probe, self.dtype, True)
 
     def _narrowed(self, found: list[Mistake]) -> tuple[Mistake, ...]:
         """Of mistakes that agree in what the law needs, those that agree best in all other functions."""
@@ -518,7 +613,7 @@ class _Comparison:
             ours, truth = self._ours(probe), _truth(self.impl.paper, probe, self.dtype)
             if ours is None or truth is None or self._agrees(probe, None):
                 continue
-            for name in truth.cases[0]:
+            for name in truth[0].values:
                 if factors := _factors(ours, truth, name, ROUNDING[self.dtype]):
                     law = _factor_law(self.impl, probe, factors, ROUNDING[self.dtype])
                     part = probe.function if name == "result" else f"{name} of {probe.function}"
@@ -529,7 +624,7 @@ class _Comparison:
 def _factors(ours: Observed, truth: Observed, name: str, tolerance: float) -> list[float]:
     """By which positive factor ours is the truth in each case; empty if it is not in one, or is the truth in all."""
     factors = []
-    for mine, right in zip(ours.cases, truth.cases, strict=True):
+    for mine, right in zip(ours.all_cases(), truth.all_cases(), strict=True):
         a, b = mine.get(name), right[name]
         if not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray) or a.shape != b.shape or np.vdot(a, b) <= 0:
             return []
@@ -564,9 +659,9 @@ def _fraction(quarters: float) -> str:
     return f"({top}/{bottom})" if bottom > 1 else f"({top})" if top < 0 else str(top)
 
 
-def describe(impl: Implementation, needs: Iterable[str]) -> str:
+def describe(impl: Implementation, law: Law) -> str:
     """The diagnosis as one line of text, whatever happens: a diagnosis that fails never makes the run fail."""
     try:
-        return str(diagnose(impl, needs))
+        return str(diagnose(impl, looked_at(law)))
     except Exception as error:
         return f"no diagnosis: {error if isinstance(error, TooSlow) else f'{type(error).__name__}: {error}'}".splitlines()[0]

@@ -40,7 +40,7 @@ def _diagnosis(law: Law, impl: Implementation, error: BaseException) -> str:
         return ""
     from .diagnosis import describe
 
-    said = describe(impl, law.needs)
+    said = describe(impl, law)
     return "" if isinstance(error, ContractBroken) and said.startswith("no ") else said
 
 

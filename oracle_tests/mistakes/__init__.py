@@ -36,7 +36,8 @@ class Observables:
     choices: words that an option may be, beside its default ("distribution": ("gaussian",)).
     values: for parameters that are neither floating-point arrays nor numbers (a closure, index sets), or are special: a value,
         or a function of the generic case that makes it; a case has the sizes `out`, `in`, `rank` and the values by name.
-    gauge_free: for functions whose result has a free sign or rotation: `(case, result)` to values without, by name.
+    gauge_free: for functions whose result has a free sign or rotation: `(case, result)` to values without, by name; the name of
+        an option ("init.indices") has its own where what is free depends on it.
     """
 
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
