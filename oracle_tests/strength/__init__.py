@@ -6,6 +6,7 @@ against the promises, that can reach the mutated function, until one fails. Scor
 """
 
 import ast
+import contextlib
 import functools
 import importlib
 import json
@@ -14,11 +15,13 @@ import time
 import tomllib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import torch
 
 from ..contract import UsageError, check_paper
 from ..law import Law, laws_of
@@ -130,7 +133,7 @@ def probes_of(paper: str, laws: Iterable[Law] | None = None, promises: Iterable[
     probes = [probe for law in chosen for probe in _law_probes(law, subject, calls)]
     for i, one in enumerate(promises_of(paper) if promises is None else promises):
         probes.append(Probe(one.says, _reached(one.of, calls), (1, 0, i), lambda s, one=one: one.check(s.module)))  # type: ignore[misc]
-    with _silent():
+    with _quiet():
         for probe in probes:
             if reason := probe.fails(subject):
                 raise UsageError(f"the reference itself fails {probe.name}: {reason}")
@@ -163,12 +166,17 @@ def _parse(module: ModuleType) -> ast.Module:
     return ast.parse(Path(str(module.__file__)).read_text())
 
 
-class _silent(warnings.catch_warnings):
-    """Mutants provoke warnings that say nothing to the reader."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        warnings.simplefilter("ignore")
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Mutants provoke warnings that say nothing to the reader; and small matrices on two threads mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 # The run
@@ -191,7 +199,7 @@ def measure(paper: str, *, probes: list[Probe] | None = None, on_mutant: Callabl
     mutants = mutants_of(tree)
     result, started = Strength(paper, reasons=read_reasons(paper)), time.process_time()
     kills: Counter[tuple[str, str]] = Counter()
-    with _silent():
+    with _quiet():
         for mutant in mutants:
             with mutant.applied():
                 killer = _killer(mutant, tree, reference, paper, probes, kills)
@@ -254,7 +262,7 @@ def law_by_mistake(paper: str, *, cases: int = CASES, on_mistake: Callable[[int,
     stored = {law.id: collect_cases(law, min(cases, law.examples or cases)) for law in laws}
     needed = {law.id: _reached([need.partition(".")[0] for need in law.needs], calls) for law in laws}
     table: dict[str, dict[str, bool]] = {}
-    with _silent():
+    with _quiet():
         for mistake in mistakes_of(paper):
             impl = Implementation(wrong(mistake), paper=paper, name=mistake.name)
             reaching = [law for law in laws if needed[law.id] & mistake.functions.keys()]
