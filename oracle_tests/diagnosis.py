@@ -155,7 +155,7 @@ def probes_for(paper: str, needs: Iterable[str]) -> tuple[Probe, ...]:
 def looked_at(law: Law) -> tuple[str, ...]:
     """The functions and options that a law looks at: those that it needs, and those that it names where it calls.
 
-    `needs` alone would do if it named every option; options without which an implementation is hardly one are left out there.
+    `needs` alone does not do: it leaves out options that every implementation should have.
     """
     found: dict[str, None] = dict.fromkeys(law.needs)
     todo, seen = [law.body], list[Any]()
@@ -454,7 +454,7 @@ class Diagnosis:
 
 
 class _Patient:
-    """What has been observed of one implementation. Raises what its hanging raised, again, without a second wait."""
+    """What has been observed of one implementation, and which of its functions took too long: nobody waits for them twice."""
 
     def __init__(self) -> None:
         self.seen: dict[Probe, Observed | None] = {}
