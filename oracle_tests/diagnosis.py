@@ -35,7 +35,8 @@ from .loading import ContractBroken, Implementation, MissingFunction, load
 from .mistakes import Mistake, mistakes_of, observables_of, wrong
 from .strategies import Matrices
 
-TIME_LIMIT = 5.0  # seconds for the calls of the implementation in one diagnosis
+TIME_LIMIT = 10.0  # seconds for the calls of the implementation in one diagnosis
+COMPILING = 4  # times as many for JAX, which compiles anew for the shapes of each case
 SEEDS = 24
 # Largest relative difference that is rounding: wide enough for another road to the same values, such as eigenvectors of G'G
 ROUNDING = {"float64": 1e-9, "float32": 2e-5, "float16": 2e-2, "bfloat16": 5e-2}
@@ -538,7 +539,7 @@ class _Comparison:
         todo = [p for p in probes if p not in self.patient.seen and _truth(self.impl.paper, p, self.dtype) is not None]
         current = None
         try:
-            with limited(TIME_LIMIT):
+            with limited(TIME_LIMIT * (COMPILING if self.impl.arrays == "jax" else 1)):
                 for current in todo:
                     if current.function in self.patient.too_slow:
                         raise LawTimeout
