@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from .oracle import Format
-
 T = TypeVar("T")
+
+
+class Format(StrEnum):
+    """How the numbers are written."""
+
+    text = "text"
+    json = "json"
+
 
 if TYPE_CHECKING:
     from rich.console import Console
