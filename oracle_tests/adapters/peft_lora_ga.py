@@ -18,7 +18,23 @@ from torch import Tensor, nn
 from ..loading import MissingFunction
 from . import peft_lora
 
+PAPER, LIBRARY = "lora_ga", "peft"
 LORACLE = {"dtype": "float32"}
+_LENGTHS = "the columns of B are multiplied by their singular values and carry the scale alone, the rows of A have length 1"
+DEVIATIONS = {
+    "lora_ga.L2a": f"{_LENGTHS}, so neither has the length c",
+    "lora_ga.L2d": f"{_LENGTHS}; gamma is 16 by default, as it should be",
+    "lora_ga.L3a": f"{_LENGTHS}: the first step is no multiple of the gradient's best approximation of rank 2r",
+    "lora_ga.L4": f"{_LENGTHS}, so the first step misses more of the gradient than it has to",
+    "lora_ga.L5a": f"{_LENGTHS}; the directions themselves are those that the names say",
+    "lora_ga.L5b": "the random direction draws one set of triplets and uses it for both factors, so that r of the 2r are covered",
+    "lora_ga.L7a": f"{_LENGTHS}: the size of the adapter's output depends on the gradient, the width and the rank",
+    "lora_ga.L7b": f"{_LENGTHS}: so does the size of what goes back",
+    "lora_ga.L8a": f"{_LENGTHS}: a whole step departs with its first order",
+    "lora_ga.L9": f"{_LENGTHS}: the first gradient of A shows the squares of singular values",
+    "lora_ga.L10": "B grows with the gradient: a loss summed over a batch instead of averaged gives another start",
+    "lora_ga.L12": "even under the scale 'gd' the singular values in B keep the first step from being that of full fine-tuning",
+}
 SCALES = {"stable": "stable", "unit": "unit", "gd": "gd_scale"}  # PEFT's "weight_svd" is another formula than "weightS"
 
 _last_start: dict[str, Any] = {}  # arguments and factors of the latest `init`
