@@ -10,6 +10,7 @@ import io
 import os
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,8 +30,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "tutorials").rglob("*.md"))
 SLUGS = sorted(module.name for module in pkgutil.iter_modules(loracle.reference.__path__) if not module.name.startswith("_"))
 SECONDS_PER_PAGE = 10
+ROOMS = ("reference", "oracle_tests", "toy_tasks", "cli")
 NOT_RUN = "not run here: "
-FILE_NAME = r"[\w-]+\.(py|toml)"
+FILE_NAME = r"[\w/-]+\.(py|toml|md)"
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT / "tutorials")))
 
@@ -125,10 +127,14 @@ def run_page(text: str, *, session: str, mutate: bool = False) -> list[str]:
     """
     shared: dict[str, Any] = {"__name__": "page"}
     survivors = []
+    blocks = read_blocks(text)
     with torch.random.fork_rng(), contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
-        for number, block in enumerate(read_blocks(text), 1):
+        if any(block.options.get("title", "").startswith("reference/") for block in blocks):
+            copy_checkout(Path(folder))
+        for number, block in enumerate(blocks, 1):
             way, title = block_class(block), block.options.get("title", "")
             if way in {"file", "real file"} and re.fullmatch(FILE_NAME, title):
+                Path(folder, title).parent.mkdir(parents=True, exist_ok=True)
                 Path(folder, title).write_text(block.code + "\n")
             if way == "console" and not mutate:
                 run_console(block.code, Path(folder))
@@ -146,12 +152,26 @@ def run_page(text: str, *, session: str, mutate: bool = False) -> list[str]:
     return survivors
 
 
+def copy_checkout(folder: Path) -> None:
+    """Copy what a new paper touches, with the package `loracle` as a folder of links, for pages that add files to a checkout."""
+    unwanted = shutil.ignore_patterns("__pycache__", ".*")
+    for name in (*ROOMS, "tutorials", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=unwanted)
+    for name in ("mkdocs.yml", "pyproject.toml", "conftest.py"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "loracle").mkdir()
+    for name in ROOMS:
+        (folder / "loracle" / name).symlink_to(folder / name)
+
+
 def run_console(code: str, folder: Path) -> None:
     """Run each `$ command` in a folder and compare what it prints with the lines below it; `...` stands for anything."""
     for part in re.split(r"^\$ ", code, flags=re.M)[1:]:
         command, _, expected = part.partition("\n")
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         environment = os.environ | {"PATH": path, "NO_COLOR": "1", "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
+        if (folder / "loracle").is_dir():  # of a copied checkout, in place of the installed one
+            environment["PYTHONPATH"] = str(folder)
         done = subprocess.run(
             command, shell=True, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120
         )
