@@ -14,13 +14,12 @@ eight fixed generic cases (out != in, rank >= 2, scaling none of 0, 1, 2, rank; 
 """
 
 import ast
-import contextlib
 import functools
 import inspect
 import math
 import textwrap
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from .arrays import EPS, random_states, restore_random_states, round_to
+from .arrays import EPS, one_thread, random_states, restore_random_states, round_to
 from .contract import Shape, contract
 from .law import Law, laws_of
 from .loading import ContractBroken, Implementation, MissingFunction, load
@@ -485,7 +484,7 @@ def diagnose(impl: Implementation, needs: Iterable[str] | None = None) -> Diagno
     if wanted not in patient.diagnoses:
         derived, states = set(impl.derived), random_states()
         probes = _all_probes(impl.paper) if needs is None else probes_for(impl.paper, wanted)
-        with warnings.catch_warnings(), np.errstate(all="ignore"), _one_thread():
+        with warnings.catch_warnings(), np.errstate(all="ignore"), one_thread():
             warnings.simplefilter("ignore")
             try:
                 patient.diagnoses[wanted] = _Comparison(impl, patient).diagnose(probes)
@@ -493,19 +492,6 @@ def diagnose(impl: Implementation, needs: Iterable[str] | None = None) -> Diagno
                 impl.derived = derived
                 restore_random_states(states)
     return patient.diagnoses[wanted]
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """torch on one thread: on matrices as small as these, several only wait for each other, on a busy machine for long."""
-    import torch  # the reference needs it in any case
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class _Comparison:

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """The laws of LoRA and rsLoRA. Expected values are NumPy float64; none comes from an implementation under test."""
 
 from typing import NamedTuple

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """The laws of LoRA-GA. Expected values are NumPy float64; none comes from an implementation under test.
 
 Singular vectors have free signs, so A and B are never compared themselves, only what does not depend on the signs: A'A, BB',

@@ -44,7 +44,7 @@ def _layer(W0: Tensor, backward: Callable[[nn.Module], None], *, rank: int, scal
     """PEFT's LoRA-GA layer on W0, after the gradients that `backward` accumulates in one or more backward passes."""
     config = LoraConfig(
         r=rank,
-        lora_alpha=scaling * rank,  # type: ignore[arg-type]  # PEFT declares int and divides; the oracle's scalings need a fraction
+        lora_alpha=scaling * rank,  # PEFT declares int and divides; the oracle's scalings need a fraction
         target_modules=["linear"],
         init_lora_weights="lora_ga",
         lora_ga_config=LoraGAConfig(**ga),
@@ -53,7 +53,7 @@ def _layer(W0: Tensor, backward: Callable[[nn.Module], None], *, rank: int, scal
         torch.manual_seed(seed)
         model = peft_lora.OneLayer(peft_lora.linear(W0))
         preprocess_loraga(model, config, lambda: backward(model.linear))
-        return get_peft_model(model, config, autocast_adapter_dtype=False).base_model.model.linear  # type: ignore[no-any-return,union-attr,arg-type]
+        return get_peft_model(model, config, autocast_adapter_dtype=False).base_model.model.linear
 
 
 def _show_gradient(linear: nn.Module, G: Tensor) -> None:
@@ -114,4 +114,4 @@ def estimate_gradient(grad: Callable[[Tensor, Any], Tensor], W0: Tensor, batches
             _show_gradient(model.linear, grad(W0, batch))
 
     preprocess_loraga(model, config, train_step)
-    return model.linear._peft_loraga_grad  # type: ignore[return-value]
+    return model.linear._peft_loraga_grad

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import importlib
 import json
-import os
 import time
 import tomllib
 import warnings
@@ -23,7 +22,9 @@ from typing import Any
 
 import torch
 
+from ..arrays import one_thread
 from ..contract import UsageError, check_paper
+from ..files import write_atomically
 from ..law import Law, laws_of
 from ..loading import Implementation
 from ..mistakes import mistakes_of, wrong
@@ -168,15 +169,10 @@ def _parse(module: ModuleType) -> ast.Module:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Mutants provoke warnings that say nothing to the reader; and small matrices on two threads mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.set_num_threads(threads)
+    """Mutants provoke warnings that say nothing to the reader."""
+    with one_thread(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 # The run
@@ -306,8 +302,4 @@ def as_record(strength: Strength, mistakes: dict[str, dict[str, bool]]) -> dict[
 
 def publish(record: dict[str, Any], folder: Path = HERE) -> Path:
     """Write the record beside the reasons, whole or not at all."""
-    path = folder / f"{record['paper']}.json"
-    draft = path.with_suffix(".json.part")
-    draft.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    os.replace(draft, path)
-    return path
+    return write_atomically(folder / f"{record['paper']}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
