@@ -20,8 +20,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from ..arrays import one_thread
 from ..contract import UsageError, check_paper
 from ..files import write_atomically
