@@ -95,6 +95,7 @@ def _print_strength(found: Strength) -> None:
         table.add_row(name, str(count), str(killed[name]))
     table.add_section()
     table.add_row("all", str(len(found.outcomes)), f"{found.killed} ({found.score:.1%})")
+    table.add_row("by laws", "", f"{found.killed_by_laws}; the rest by what the file promises of errors, defaults and modules")
     console.print(table)
     for mutant in found.survivors:
         reason = found.reasons.get((mutant.function, mutant.change), "UNEXPLAINED")
