@@ -2,7 +2,7 @@ r"""LoRA: a frozen weight plus a trainable product of two thin matrices adapts a
 
 Hu et al. freeze the pretrained weight W0 and train a rank-`rank` update s B A beside it; B starts at zero, so training
 starts exactly at the pretrained function, and the update can be merged into W0 at no cost in inference.
-Kalajdzievski (rsLoRA, arXiv 2312.03732) shows that s = alpha / sqrt(rank) keeps learning equally fast at every rank.
+Kalajdzievski (rsLoRA, arXiv 2312.03732) shows that s = alpha / sqrt(rank) keeps learning stable as the rank grows.
 
 | here             | paper            | shape       | meaning                                            |
 |------------------|------------------|-------------|----------------------------------------------------|
