@@ -53,6 +53,7 @@ PAPER = Paper(
 )
 
 OPTIMIZERS = ("adamw", "sgd")
+GRADIENTS = ("optimal", "plain")
 
 Batch = TypeVar("Batch")
 
@@ -213,7 +214,7 @@ def forward(
     A: Float[Tensor, "rank in"],
     R: Float[Tensor, "rank rank"],
     B: Float[Tensor, "out rank"],
-    scaling: float = 1.0,
+    scaling: float,
     *,
     bias: Float[Tensor, " out"] | None = None,
 ) -> Float[Tensor, "... out"]:
@@ -226,7 +227,7 @@ def forward(
 
 
 def delta_weight(
-    A: Float[Tensor, "rank in"], R: Float[Tensor, "rank rank"], B: Float[Tensor, "out rank"], scaling: float = 1.0
+    A: Float[Tensor, "rank in"], R: Float[Tensor, "rank rank"], B: Float[Tensor, "out rank"], scaling: float
 ) -> Float[Tensor, "out in"]:
     """The update Delta W = s B R A (out, in). Raises ValueError if the shapes do not fit."""
     check_shapes(A=(A, "rank in"), R=(R, "rank rank"), B=(B, "out rank"))
@@ -238,7 +239,7 @@ def merge(
     A: Float[Tensor, "rank in"],
     R: Float[Tensor, "rank rank"],
     B: Float[Tensor, "out rank"],
-    scaling: float = 1.0,
+    scaling: float,
 ) -> Float[Tensor, "out in"]:
     """The merged weight W = W0 + s B R A (out, in). Raises ValueError if shapes do not fit or an entry is not finite."""
     check_shapes(W0=(W0, "out in"), A=(A, "rank in"), R=(R, "rank rank"), B=(B, "out rank"))
@@ -247,7 +248,7 @@ def merge(
 
 
 def gradients(
-    G: Float[Tensor, "out in"], A: Float[Tensor, "rank in"], B: Float[Tensor, "out rank"], scaling: float = 1.0
+    G: Float[Tensor, "out in"], A: Float[Tensor, "rank in"], B: Float[Tensor, "out rank"], scaling: float
 ) -> Float[Tensor, "rank rank"]:
     """The gradient of R (rank, rank) from G = dL/dW, as back-propagation gives it (Lemma 1). R itself does not matter."""
     check_shapes(G=(G, "out in"), A=(A, "rank in"), B=(B, "out rank"))
@@ -256,7 +257,7 @@ def gradients(
 
 
 def equivalent_gradient(
-    grad_R: Float[Tensor, "rank rank"], A: Float[Tensor, "rank in"], B: Float[Tensor, "out rank"], scaling: float = 1.0
+    grad_R: Float[Tensor, "rank rank"], A: Float[Tensor, "rank in"], B: Float[Tensor, "out rank"], scaling: float
 ) -> Float[Tensor, "out in"]:
     """The gradient of W (out, in) that has the effect of `grad_R` on R: exact for steps of any size (Lemma 1)."""
     check_shapes(grad_R=(grad_R, "rank rank"), A=(A, "rank in"), B=(B, "out rank"))
@@ -265,7 +266,7 @@ def equivalent_gradient(
 
 
 def optimal_gradient(
-    grad_R: Float[Tensor, "rank rank"], A: Float[Tensor, "rank in"], B: Float[Tensor, "out rank"], scaling: float = 1.0
+    grad_R: Float[Tensor, "rank rank"], A: Float[Tensor, "rank in"], B: Float[Tensor, "out rank"], scaling: float
 ) -> Float[Tensor, "rank rank"]:
     """The step direction of R whose equivalent gradient is nearest to G, from back-propagation's `grad_R` (Theorem 2).
 
@@ -293,19 +294,20 @@ def sgd_step(
     A: Float[Tensor, "rank in"],
     R: Float[Tensor, "rank rank"],
     B: Float[Tensor, "out rank"],
-    scaling: float = 1.0,
+    scaling: float,
     *,
     lr: float,
-    optimal: bool = True,
+    gradient: str = "optimal",
 ) -> Weights:
     """One step of gradient descent on R alone; W0, A and B come back as they are.
 
-    Along the optimal gradient (default, Theorem 2: s B R A then moves by -lr P_B G P_A, whatever s), or along
-    back-propagation's with `optimal=False`, as the official code does where the two agree.
+    `gradient` is "optimal" (default, Theorem 2: s B R A moves by -lr P_B G P_A, whatever s) or "plain" (back-propagation's, as
+    in the official code, where the two agree). Raises ValueError for another word, or if shapes or dtypes do not fit.
     """
     check_shapes(G=(G, "out in"), W0=(W0, "out in"), A=(A, "rank in"), R=(R, "rank rank"), B=(B, "out rank"))
+    check_choice("gradient", gradient, GRADIENTS)
     grad_R = gradients(G, A, B, scaling)
-    return Weights(W0, A, R - lr * (optimal_gradient(grad_R, A, B, scaling) if optimal else grad_R), B)
+    return Weights(W0, A, R - lr * (optimal_gradient(grad_R, A, B, scaling) if gradient == "optimal" else grad_R), B)
 
 
 def num_trainable(W0: Float[Tensor, "out in"], *, rank: int) -> int:
