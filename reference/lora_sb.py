@@ -114,6 +114,7 @@ def estimate_update(
     Raises:
         ValueError: there is no batch, a gradient has another shape or dtype than `W0`, or the mean is zero or not finite.
     """
+    check_shapes(W0=(W0, "out in"))
     total, count = torch.zeros_like(_working(W0)), 0
     for batch in batches:
         gradient = grad(W0, batch)
@@ -149,14 +150,14 @@ def init(
         ValueError: `rank` is not in 1..min(out, in), the update is zero or not finite, `scaling` is not positive, or the
             sketch does not fit.
     """
-    check_shapes(update=(update, "out in"))
+    check_shapes(update=(update, "out in"), sketch=(sketch, "in columns"))
     check_rank(rank, update)
     _check_number("scaling", scaling)
     _check_nonzero("update", update)
     # Section on the start: U, S, V <- SVD(Delta W_avg); B = U_1:r, R = diag(S_1:r) / s, A = V_1:r^T
     U, S, Vh = _leading_triplets(_working(update), sketch, rank, niter)
     A, R, B = Vh[:rank], torch.diag(S[:rank] / scaling), U[:, :rank]
-    return Factors(A=A.to(update.dtype).contiguous(), R=R.to(update.dtype), B=B.to(update.dtype).contiguous())
+    return Factors(A=_own(A, update.dtype), R=R.to(update.dtype), B=_own(B, update.dtype))
 
 
 def _leading_triplets(M: Tensor, sketch: Tensor | None, rank: int, niter: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,7 +168,7 @@ def _leading_triplets(M: Tensor, sketch: Tensor | None, rank: int, niter: int) -
     if sketch is None:
         U, S, Vh = torch.linalg.svd(M, full_matrices=False)
         return U, S, Vh
-    if sketch.ndim != 2 or sketch.shape[0] != M.shape[1] or not rank <= sketch.shape[1] <= min(M.shape) or niter < 0:
+    if not rank <= sketch.shape[1] <= min(M.shape) or niter < 0:
         raise ValueError(
             f"sketch has shape {tuple(sketch.shape)} and niter is {niter}; needed ({M.shape[1]}, columns) with {rank} to "
             f"{min(M.shape)} columns, and niter of at least 0: use draw_sketch"
@@ -204,8 +205,8 @@ def init_xs(W0: Float[Tensor, "out in"], *, rank: int, sigma: float = 1e-5, gene
     _check_number("sigma", sigma)
     _check_nonzero("W0", W0)
     U, S, Vh = torch.linalg.svd(_working(W0), full_matrices=False)
-    R = sigma * torch.randn(rank, rank, generator=generator, dtype=W0.dtype, device=W0.device)
-    return Factors(A=Vh[:rank].to(W0.dtype).contiguous(), R=R, B=(U[:, :rank] * S[:rank]).to(W0.dtype))
+    R = W0.new_empty(rank, rank).normal_(0, sigma, generator=generator)
+    return Factors(A=_own(Vh[:rank], W0.dtype), R=R, B=_own(U[:, :rank] * S[:rank], W0.dtype))
 
 
 def forward(
@@ -304,7 +305,7 @@ def sgd_step(
     `gradient` is "optimal" (default, Theorem 2: s B R A moves by -lr P_B G P_A, whatever s) or "plain" (back-propagation's, as
     in the official code, where the two agree). Raises ValueError for another word, or if shapes or dtypes do not fit.
     """
-    check_shapes(G=(G, "out in"), W0=(W0, "out in"), A=(A, "rank in"), R=(R, "rank rank"), B=(B, "out rank"))
+    check_shapes(W0=(W0, "out in"), A=(A, "rank in"), R=(R, "rank rank"), B=(B, "out rank"))
     check_choice("gradient", gradient, GRADIENTS)
     grad_R = gradients(G, A, B, scaling)
     return Weights(W0, A, R - lr * (optimal_gradient(grad_R, A, B, scaling) if gradient == "optimal" else grad_R), B)
@@ -339,7 +340,7 @@ class LoRASBLinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.scaling = scaling
         self.register_buffer("A", A.detach().clone())
-        self.R = nn.Parameter(R.detach().clone())
+        self.R = nn.Parameter(R.clone())
         self.register_buffer("B", B.detach().clone())
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
@@ -358,6 +359,11 @@ def adapt_linear(linear: nn.Linear, update: Float[Tensor, "out in"], *, rank: in
 def _working(tensor: Tensor) -> Tensor:
     """The tensor in the precision of the linear algebra: float32 for half precision, else its own."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _own(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """A part of a decomposition, row by row in memory of its own, so that the rest can be freed."""
+    return part.to(dtype).clone(memory_format=torch.contiguous_format)
 
 
 def _check_number(name: str, value: float) -> None:

@@ -378,19 +378,22 @@ def figure(results: Results) -> Figure:
         method, _, rank = name.partition("_")
         plotting.draw_curve(curves, results.curves[f"methods.{name}.loss"], f"{METHODS[method]}, r = {rank}", i)
     curves.set(title="AdamW", xlabel="step", ylabel="loss", ylim=(0, None))
-    curves.legend(fontsize=8)
+    curves.legend(fontsize=7.5, ncols=2, loc="lower center")
 
     for i, (method, ranks) in enumerate((("lora", config.lora_ranks), ("xs", config.ranks), ("sb", config.ranks))):
         found = [metrics[f"methods.{method}_{rank}.loss"] for rank in ranks]
         numbers = [metrics[f"methods.{method}_{rank}.parameters"].mean or 0.0 for rank in ranks]
         plotting.draw_points(count, numbers, found, METHODS[method], i)
     count.set(title="Loss against trained numbers", xlabel="trained numbers", ylabel="final loss", ylim=(0, None), xscale="log")
+    ticks = sorted({round(metrics[f"methods.{name}.parameters"].mean or 0) for name in variants(config) if name != "full"})
+    count.set_xticks(ticks, [str(tick) for tick in ticks])
+    count.minorticks_off()
     count.legend(fontsize=8)
 
     labels = [METHODS[method].replace(", ", ",\n") for method in FROZEN]
     series = {
         label: [metrics[f"spaces.{method}_{config.rank}.{quantity}"] for method in FROZEN]
-        for label, quantity in (("first gradient", "gradient"), ("needed change", "shift"))
+        for label, quantity in (("gradient of all samples", "gradient"), ("needed change", "shift"))
     }
     plotting.draw_bars(held, labels, series)
     held.set(title=f"Share held by the spaces, r = {config.rank}", ylim=(0, 1))
@@ -400,7 +403,7 @@ def figure(results: Results) -> Figure:
     titles = {"optimal": "Gradient descent, optimal gradient", "plain": "Gradient descent, plain gradient", "adamw": "AdamW"}
     for ax, (maker, title) in zip(scalings, titles.items(), strict=True):
         _draw_scalings(ax, results, maker, config.scalings)
-        ax.set(title=title, xlabel="step", ylabel="loss", ylim=(0, 1.1 * (metrics["scaling.optimal_s1.loss"].mean or 1.0) * 3))
+        ax.set(title=title, xlabel="step", ylabel="loss", ylim=(0, None))
     return fig
 
 
