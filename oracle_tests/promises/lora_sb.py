@@ -177,7 +177,8 @@ def only_R_is_trained(module):
     layer = module.LoRASBLinear(_linear(), A, R, B)
     assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["R"]
     assert set(layer.state_dict()) == {"A", "R", "B", "base.weight", "base.bias"}
-    assert not (layer.A.requires_grad or layer.B.requires_grad)
+    assert not layer.A.requires_grad
+    assert not layer.B.requires_grad
     assert layer.R.is_leaf
     kept = [layer.A.clone(), layer.R.detach().clone(), layer.B.clone()]
     with torch.no_grad():
