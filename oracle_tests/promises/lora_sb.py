@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from loracle.oracle_tests.promises import promise, refuses
+from loracle.oracle_tests.promises import follows_the_global_generator, promise, refuses
 
 # The set-up functions that read values, and of which arguments
 FINITE = {
@@ -111,20 +111,11 @@ def update_fits_the_weight(module):
 # Draws and defaults
 
 
-def _repeats(draw):
-    """Whether a draw follows the global generator: the same after the same seed, another after another."""
-    draws = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        draws.append(draw())
-    return torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
-
-
 @promise("Without a generator R of LoRA-XS and the sketch are drawn from torch's own.", of=("init_xs", "draw_sketch"))
 def draws_from_the_global_generator(module):
     W0 = _randn(4, 5)
-    assert _repeats(lambda: module.init_xs(W0, rank=2).R)
-    assert _repeats(lambda: module.draw_sketch(W0, rank=2))
+    assert follows_the_global_generator(lambda: module.init_xs(W0, rank=2).R)
+    assert follows_the_global_generator(lambda: module.draw_sketch(W0, rank=2))
 
 
 @promise("Draws lie on the device and have the dtype of the weight.", of=("draw_sketch", "init_xs"))
