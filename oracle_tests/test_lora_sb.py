@@ -220,7 +220,7 @@ def _conditioning(case):
     says="The optimal gradient of R is the least-squares solution: no other step of R moves the weight as nearly along G.",
     formula=r"g_\star = \arg\min_g \|s B g A - G\|_F = \tfrac{1}{s^2} (B^\top B)^{-1} g^R (A A^\top)^{-1}",
     needs=("optimal_gradient",),
-    tolerance=8,
+    tolerance=12,
     cases=layers(),
 )
 def test_optimal_gradient(impl, case):
@@ -228,7 +228,9 @@ def test_optimal_gradient(impl, case):
     got = impl.optimal_gradient(grad_R=grad_R, A=case.A, B=case.B, scaling=case.scaling)
     # Row by row: vec(s B g A) = s (B x A') vec(g)
     want = np.linalg.lstsq(case.scaling * np.kron(case.B, case.A.T), case.G.ravel(), rcond=None)[0].reshape(got.shape)
-    size = _large(case) * _summed(case)
+    # The rounding of the closed form, and of the least squares that it is compared with
+    squares = np.linalg.norm(case.G) * np.linalg.norm(np.linalg.pinv(case.B), 2) * np.linalg.norm(np.linalg.pinv(case.A), 2)
+    size = _large(case) * _summed(case) + squares / case.scaling
     assert_close(got, want, size=size, conditioning=_conditioning(case), what="the optimal gradient")
 
 
@@ -429,7 +431,7 @@ def test_factors_of_the_start(impl, case):
     says="The start is the best approximation of the first update of that rank, for every scaling: what it misses is the spectrum's tail.",
     formula=r"\|s B R A - \Delta W_1\|_F = \Big( \sum_{i > r} S_i^2 \Big)^{1/2}",
     needs=("init", "delta_weight"),
-    tolerance=64,
+    tolerance=96,
     cases=starts(),
 )
 def test_start_is_the_best_approximation(impl, case):
@@ -479,7 +481,7 @@ def test_no_correction(impl, case):
     says="For gradient descent the gradient of R at the start is diagonal in R's own basis: minus R over the learning rate, at s = 1.",
     formula=r"\Delta W_1 = -\eta G,\ s = 1 \;\Rightarrow\; g^R = -R / \eta",
     needs=("first_step_update", "init", "gradients"),
-    tolerance=64,
+    tolerance=128,
     cases=starts(),
 )
 def test_gradient_at_the_start(impl, case):
@@ -674,7 +676,7 @@ def test_step(impl, case):
     says="W0, A and B come back from a step bit for bit, and s B R A never leaves their spaces.",
     formula=r"s B R_t A = P_B (s B R_t A) P_A",
     needs=("sgd_step", "delta_weight"),
-    tolerance=8,
+    tolerance=16,
     cases=layers(),
 )
 def test_frozen_weights(impl, case):

@@ -279,7 +279,8 @@ def optimal_gradient(
     short, wide, tall = _working(grad_R), _working(A), _working(B)
     # Theorem 2: g = (1 / s^2) (B^T B)^-1 g^R (A A^T)^-1
     left = torch.linalg.solve(tall.mT @ tall, short)
-    return (torch.linalg.solve(wide @ wide.mT, left, left=False) / scaling**2).to(grad_R.dtype)
+    best: Tensor = torch.linalg.solve(wide @ wide.mT, left, left=False) / scaling**2
+    return best.to(grad_R.dtype)
 
 
 def projected_gradient(G: Float[Tensor, "out in"], A: Float[Tensor, "rank in"], B: Float[Tensor, "out rank"]) -> Float[Tensor, "out in"]:
@@ -287,7 +288,8 @@ def projected_gradient(G: Float[Tensor, "out in"], A: Float[Tensor, "rank in"], 
     check_shapes(G=(G, "out in"), A=(A, "rank in"), B=(B, "out rank"))
     left, right = torch.linalg.qr(_working(B)).Q, torch.linalg.qr(_working(A).mT).Q
     # Theorem 2: P_B G P_A, through the rank
-    return (left @ (left.mT @ _working(G) @ right) @ right.mT).to(G.dtype)
+    seen: Tensor = left @ (left.mT @ _working(G) @ right) @ right.mT
+    return seen.to(G.dtype)
 
 
 def sgd_step(

@@ -299,7 +299,7 @@ def run_spaces(config: Config, trial: Trial) -> Measurements:
 
 def _share(M: Tensor, A: Tensor, B: Tensor) -> float:
     """How much of the squared norm of M lies in the column space of B and the row space of A."""
-    return (lora_sb.projected_gradient(M, A, B).norm() / M.norm()).square().item()
+    return float((lora_sb.projected_gradient(M, A, B).norm() / M.norm()).square())
 
 
 def optimal_sgd(stack: Stack, scaling: float, lr: float) -> Optimizer:
