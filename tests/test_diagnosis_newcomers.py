@@ -130,7 +130,7 @@ def newcomer(arrays="numpy", dtype="float64", **wrong):
 
 WRONG = {
     "singular_values_in_B": {"init": singular_values_in_B},
-    "scale_and_values_on_B": {"init": singular_values_in_B_alone_scaled},
+    "start_of_peft": {"init": singular_values_in_B_alone_scaled},
     "same_triplets": {"init": same_indices},
     "root_of_in": {"init": fourth_root_of_in},
     "gamma_without_root": {"init": no_root_of_gamma},

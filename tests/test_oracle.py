@@ -442,7 +442,7 @@ def test_hang_in_python_ends_soon():
     started = time.perf_counter()
     result = outcome(parts("merge", merge=merge), "lora.L2c", profile="default", time_limit=0.3)
     assert (result.outcome, result.message) == ("fails", "took longer than 0.3 seconds")
-    assert time.perf_counter() - started < 3
+    assert time.perf_counter() - started < 30  # a second or two; shrinking would take minutes
 
 
 def test_slow_failure_is_told_as_the_failure():
@@ -494,7 +494,7 @@ def test_isolated_laws(tmp_path):
         """,
     )
     laws = ["lora.L2c", "lora.L2d", "lora.L13"]
-    report = check(file, paper="lora", laws=laws, profile="quick", time_limit=0.5, isolate=True)
+    report = check(file, paper="lora", laws=laws, profile="quick", time_limit=5, isolate=True)
     hang, good, crash = (next(r for r in report.results if r.law == law) for law in laws)
     assert good.outcome == "holds"
     assert "its process ended with code 7" in crash.message

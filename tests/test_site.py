@@ -261,10 +261,9 @@ def test_every_block_is_checked_in_one_way(page: Path) -> None:
 @by_page
 def test_the_blocks_run(page: Path) -> None:
     text = page.read_text()
-    start = time.perf_counter()
+    started = time.process_time()  # of this process alone: a busy machine does not count, and the page's commands have their own budgets
     run_page(text, session=page.stem)
-    commands = sum(len(re.findall(r"^\$ ", block.code, flags=re.M)) for block in read_blocks(text) if block.language == "console")
-    assert time.perf_counter() - start < SECONDS_PER_PAGE * (1 + commands)
+    assert time.process_time() - started < SECONDS_PER_PAGE
 
 
 @by_page

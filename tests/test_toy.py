@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from loracle.cli import toy as command
@@ -198,10 +199,11 @@ def test_published_results_were_made_with_the_settings_of_today_and_five_seeds(s
 def test_a_quick_run_is_repeated_bit_for_bit_within_three_seconds_and_drawn(tmp_path, quick_run, slug):
     first = quick_run(slug)
     task, config = experiment.load(slug, quick=True)
+    started = time.process_time()  # of this process alone: a busy machine does not count
     again = experiment.run(task, config, seeds=range(3), out=tmp_path, quick=True)
+    assert time.process_time() - started < 3
     assert again.metrics == first.metrics
     assert again.curves == first.curves
-    assert min(sum(again.seconds.values()), sum(first.seconds.values())) < 3
     task.figure(first)
 
 
@@ -500,7 +502,8 @@ def test_lines_and_bars_differ_in_more_than_colour():
 @pytest.fixture
 def cli(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(command, "console", Console(width=200))  # tables whose cells are not broken into lines
+    monkeypatch.setattr(command, "errors", Console(width=200, stderr=True))
 
     def invoke(*arguments):
         return CliRunner().invoke(command.app, list(arguments))
@@ -595,11 +598,11 @@ def test_a_real_sigint_keeps_what_is_finished(tmp_path):
     arguments = ["run", "lora", "--quick", "--set", "tail_steps=2", "--set", "digits_steps=1000000", "--out", str(tmp_path)]
     code = "import sys; from loracle.cli.toy import app; app(sys.argv[1:])"
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (tmp_path / "parts" / "rslora.json").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 130, output
     assert "interrupted" in output
     assert "Traceback" not in output

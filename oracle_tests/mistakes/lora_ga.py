@@ -151,18 +151,8 @@ def square_root_of_out(scaling, *, out_features, rank, gamma=16.0, scale="stable
 
 
 @mistake(
-    "The scale is put on B alone, A keeps rows of length 1, and B is multiplied by its singular values (PEFT 0.21.2).",
-    replaces="init",
-    breaks=("lora_ga.L2a", "lora_ga.L3a", "lora_ga.L4", "lora_ga.L7a", "lora_ga.L10"),
-)
-def scale_and_values_on_B(G, scaling, *, rank, **options):
-    A, B = _times_values(G, right.init(G, scaling, rank=rank, **options))
-    return Factors(A / A.norm(dim=1, keepdim=True), B)
-
-
-@mistake(
-    "B is multiplied by its singular values and alone carries the scale, and the random direction uses one set of triplets for both "
-    "factors (PEFT 0.21.2).",
+    "B is multiplied by its singular values and alone carries the scale, as in PEFT 0.21.2, whose random direction also uses one set "
+    "of triplets for both factors.",
     replaces="init",
     breaks=("lora_ga.L2a", "lora_ga.L3a", "lora_ga.L4", "lora_ga.L5b", "lora_ga.L7a", "lora_ga.L10"),
 )
