@@ -72,7 +72,7 @@ class Shift:
     """A layer activation(W x) per seed, whose weight W0 (out, in) must become W0 + D: the layers, data and loss.
 
     W0 has normal entries of variance 1 / in; D has the singular values `spectrum` and random directions.
-    `draw_inputs(generator)` gives the samples (N, in) of a seed. `layers` hold W0; to train them, copy them.
+    `draw_inputs(generator)` gives the samples (N, in) of a seed. `layers` hold W0; to train them, copy them. `shifts` hold D.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Shift:
         activation: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.activation = activation or (lambda z: z)
-        self.layers, inputs, targets = [], [], []
+        self.layers, self.shifts, inputs, targets = [], [], [], []
         for generator in trial.generators():
             layer = make_linear(in_features, out_features, generator, bias=False)
             nn.init.normal_(layer.weight, std=in_features**-0.5, generator=generator)
@@ -94,7 +94,8 @@ class Shift:
             x = draw_inputs(generator)
             self.layers.append(layer)
             inputs.append(x)
-            targets.append(self.activation(x @ (layer.weight.detach() + U * torch.tensor(spectrum) @ V.T).T))
+            self.shifts.append(U * torch.tensor(spectrum) @ V.T)
+            targets.append(self.activation(x @ (layer.weight.detach() + self.shifts[-1]).T))
         self.x, self.y = torch.stack(inputs).to(trial.device), torch.stack(targets).to(trial.device)
 
     def loss(self, stack: Stack, params: Params) -> Tensor:

@@ -139,7 +139,7 @@ def _spoils(spec: Function, parameter: Shape, call: dict[str, Any]) -> Iterator[
 def _not_finite(parameter: Shape, call: dict[str, Any], finite: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
     if parameter.name in finite:
         for number in (float("nan"), float("inf"), -float("inf")):
-            value = call[parameter.name].clone()
+            value = call[parameter.name].clone(memory_format=torch.contiguous_format)
             value.view(-1)[-1] = number
             yield f"with an entry {number}", value
 
