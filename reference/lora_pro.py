@@ -359,6 +359,7 @@ class LoRAProAdamW(torch.optim.Optimizer):
                 raise ValueError(f"{name} is {value!r}; needed a number of at least 0 and below {end:g}")
         for layer in self.layers:
             _check_rank(layer.A.detach(), layer.B.detach())
+        self.varied = tuple(defaults)  # what a group may have of its own; torch adds to `defaults`
         super().__init__([{"params": [layer.A, layer.B]} for layer in self.layers], defaults)
 
     @torch.no_grad()
@@ -368,7 +369,7 @@ class LoRAProAdamW(torch.optim.Optimizer):
             loss = closure() if closure else None
         for layer, group in zip(self.layers, self.param_groups, strict=True):
             if layer.A.grad is not None and layer.B.grad is not None:
-                self._move(layer, {name: group[name] for name in self.defaults} | {"X": self.X, "delta": self.delta})
+                self._move(layer, {name: group[name] for name in self.varied} | {"X": self.X, "delta": self.delta})
         return loss
 
     def _move(self, layer: LoRALinear, options: dict[str, Any]) -> None:
