@@ -66,6 +66,13 @@ def pulls(draw: st.DrawFn, beyond: tuple[int, ...] = (1, 2, 3), ranks: tuple[int
     )
 
 
+@st.composite
+def orthonormal_pulls(draw: st.DrawFn) -> Pull:
+    pull = draw(pulls())
+    matrices, (m, n), rank = Matrices(pull.seed + 1), pull.G.shape, len(pull.A)
+    return pull._replace(A=matrices.orthonormal(n, rank).T, B=matrices.orthonormal(m, rank))
+
+
 def _back_propagated(G, A, B, scaling):
     """LoRA's own gradients of the factors."""
     return {"grad_A": scaling * B.T @ G, "grad_B": scaling * G @ A.T}
@@ -162,7 +169,7 @@ def moves(draw: st.DrawFn) -> Move:
     says="The equivalent gradient is the slope of the weight along a move of both factors.",
     formula=r"\tilde g = \tfrac12 \big[ s (B + g^B)(A + g^A) - s (B - g^B)(A - g^A) \big]",
     needs=("equivalent_gradient",),
-    tolerance=6,
+    tolerance=8,
     cases=moves(),
 )
 def test_slope_of_the_weight(impl, case):
@@ -179,7 +186,7 @@ def test_slope_of_the_weight(impl, case):
     formula=r"\langle \tilde g_{lora}, G \rangle = \|g^A_{lora}\|^2 + \|g^B_{lora}\|^2",
     needs=("equivalent_gradient",),
     tolerance=4,
-    cases=pulls(),
+    cases=orthonormal_pulls(),
 )
 def test_slope_of_the_loss(impl, case):
     plain = _back_propagated(case.G, case.A, case.B, case.scaling)
@@ -196,7 +203,7 @@ def test_slope_of_the_loss(impl, case):
     says="No pair of moves has an equivalent gradient nearer to the gradient: it is the least-squares fit over all pairs.",
     formula=r"\tilde g^* = \arg\min \|s B g^A + s g^B A - G\|_F^2",
     needs=("optimal_gradients.X",),
-    tolerance=3,
+    tolerance=14,
     cases=pulls(),
 )
 def test_least_squares(impl, case):
@@ -217,7 +224,7 @@ def test_least_squares(impl, case):
     says="The nearest equivalent gradient is the gradient less its part outside of B's columns and A's rows.",
     formula=r"\tilde g^* = G - (I - P_B)\, G\, (I - P_A)",
     needs=("projected_gradient",),
-    tolerance=3,
+    tolerance=5,
     cases=pulls(),
 )
 def test_projection(impl, case):
@@ -231,7 +238,7 @@ def test_projection(impl, case):
     says="The pair for each X: pseudo-inverses of the factors applied to the gradient, plus X A and minus B X.",
     formula=r"g^A = \tfrac1s B^+ G + X A, \quad g^B = \tfrac1s (I - P_B)\, G\, A^+ - B X",
     needs=("optimal_gradients.X",),
-    tolerance=1.5,
+    tolerance=3,
     cases=pulls(),
 )
 def test_pair(impl, case):
@@ -250,7 +257,7 @@ def test_pair(impl, case):
     says="What is missed of the gradient is orthogonal to B's columns and to A's rows.",
     formula=r"B^\top (G - \tilde g^*) = 0, \quad (G - \tilde g^*) A^\top = 0",
     needs=("optimal_gradients", "projected_gradient"),
-    tolerance=4,
+    tolerance=2,
     cases=pulls(),
 )
 def test_residual(impl, case):
@@ -268,7 +275,7 @@ def test_residual(impl, case):
     says="Along the adjusted pair the loss falls, for every X, by the square of the projected gradient (Theorem 2).",
     formula=r"\langle g^A, g^A_{lora} \rangle + \langle g^B, g^B_{lora} \rangle = \|\tilde g^*\|_F^2",
     needs=("optimal_gradients.X",),
-    tolerance=2,
+    tolerance=6,
     cases=pulls(),
 )
 def test_decrease(impl, case):
@@ -301,7 +308,7 @@ def _apart(plain, best):
     says="The Sylvester equation's X brings the pair nearest to back-propagation's: it is the least-squares fit over all X.",
     formula=r"X = \arg\min \|g^A - g^A_{lora}\|_F^2 + \|g^B - g^B_{lora}\|_F^2",
     needs=("sylvester_X",),
-    tolerance=1,
+    tolerance=6,
     cases=pulls(),
 )
 def test_nearest_to_plain(impl, case):
@@ -318,7 +325,7 @@ def test_nearest_to_plain(impl, case):
     says="X solves the Sylvester equation.",
     formula=r"B^\top B X + X A A^\top = -\tfrac{1}{s^2} (B^\top B)^{-1} g^A_{lora} A^\top",
     needs=("sylvester_X",),
-    tolerance=1.5,
+    tolerance=3,
     cases=pulls(),
 )
 def test_sylvester_equation(impl, case):
@@ -356,7 +363,7 @@ def test_default_pair(impl, case):
     says="With the symmetric X both factors share evenly what both can do.",
     formula=r"s B g^A = P_B G - \tfrac12 P_B G P_A, \quad s g^B A = G P_A - \tfrac12 P_B G P_A",
     needs=("optimal_gradients.X",),
-    tolerance=2,
+    tolerance=4,
     cases=pulls(),
 )
 def test_even_split(impl, case):
@@ -385,19 +392,12 @@ def test_symmetric_matrix(impl, case):
     assert_close(X, want, size=size, conditioning=_conditioning(case.A) * _conditioning(case.B), what="X")
 
 
-@st.composite
-def orthonormal_pulls(draw: st.DrawFn) -> Pull:
-    pull = draw(pulls())
-    matrices, (m, n), rank = Matrices(pull.seed + 1), pull.G.shape, len(pull.A)
-    return pull._replace(A=matrices.orthonormal(n, rank).T, B=matrices.orthonormal(m, rank))
-
-
 @law(
     "lora_pro.L16",
     says="For orthonormal factors the Sylvester equation's X is half of what both factors see of the gradient, with a minus.",
     formula=r"B^\top B = A A^\top = I \;\Rightarrow\; X = -\tfrac{1}{2s} B^\top G A^\top",
     needs=("sylvester_X",),
-    tolerance=6,
+    tolerance=8,
     cases=orthonormal_pulls(),
 )
 def test_orthonormal_factors(impl, case):
@@ -453,7 +453,7 @@ def test_pair_turns(impl, case):
     says="The scaling does not change the nearest equivalent gradient.",
     formula=r"\tilde g^*(s) = \tilde g^*(s')",
     needs=("optimal_gradients",),
-    tolerance=2,
+    tolerance=4,
     cases=pulls(),
 )
 def test_scale_independence(impl, case):
@@ -471,7 +471,7 @@ def test_scale_independence(impl, case):
     says="At full rank the equivalent gradient is the gradient.",
     formula=r"r = \min(m, n) \;\Rightarrow\; \tilde g^* = G",
     needs=("optimal_gradients", "projected_gradient"),
-    tolerance=3,
+    tolerance=4,
     cases=pulls(beyond=(0,)),
 )
 def test_full_rank(impl, case):
@@ -490,7 +490,7 @@ def test_full_rank(impl, case):
     says="At the usual start B = 0 only B moves, as far as A lets it, with the pseudo-inverse and with the official code's 1e-8.",
     formula=r"B = 0 \;\Rightarrow\; g^A = 0, \quad g^B = \tfrac1s G A^\top (A A^\top + \delta I)^{-1}",
     needs=("optimal_gradients.X", "optimal_gradients.delta"),
-    tolerance=1,
+    tolerance=4,
     cases=pulls(),
 )
 def test_zero_start(impl, case):
@@ -509,7 +509,7 @@ def test_zero_start(impl, case):
 def deficient_pulls(draw: st.DrawFn) -> Pull:
     """Factors of rank 1 or 2 with 2 or 3 rows and columns; sometimes only one of them."""
     pull = draw(pulls(ranks=(2, 3)))
-    matrices, (m, n), rank = Matrices(pull.seed + 1, "normal"), pull.G.shape, len(pull.A)
+    matrices, rank = Matrices(pull.seed + 1), len(pull.A)
     lower = draw(st.integers(1, rank - 1))
     thin = np.hstack([np.eye(lower), matrices.rng.integers(-1, 2, (lower, rank - lower)).astype(float)])
     A, B = thin.T @ _grid(pull.A[:lower], 0.25), _grid(pull.B[:, :lower], 0.25) @ thin
@@ -522,7 +522,7 @@ def deficient_pulls(draw: st.DrawFn) -> Pull:
     says="Factors of lower rank: with the pseudo-inverse the equivalent gradient is still the nearest one.",
     formula=r"\tilde g^* = G - (I - P_B)\, G\, (I - P_A) \quad \text{for } A, B \text{ of any rank}",
     needs=("optimal_gradients.X", "projected_gradient"),
-    tolerance=1,
+    tolerance=2,
     cases=deficient_pulls(),
 )
 def test_lower_rank(impl, case):
@@ -541,7 +541,7 @@ def test_lower_rank(impl, case):
     says="Factors of lower rank: the default X is the smallest of those that bring the pair nearest to back-propagation's.",
     formula=r"X = \arg\min \|g^A - g^A_{lora}\|_F^2 + \|g^B - g^B_{lora}\|_F^2 \text{ of least norm}",
     needs=("sylvester_X",),
-    tolerance=1,
+    tolerance=12,
     cases=deficient_pulls(),
 )
 def test_free_matrix_of_lower_rank(impl, case):
@@ -595,7 +595,7 @@ def test_delta(impl, case):
     says="A step of gradient descent moves both factors along the adjusted pair of the old factors.",
     formula=r"A \leftarrow A - \eta g^A, \quad B \leftarrow B - \eta g^B",
     needs=("sgd_step.X",),
-    tolerance=1,
+    tolerance=2,
     cases=pulls(),
 )
 def test_gradient_descent(impl, case):
@@ -615,7 +615,7 @@ def test_gradient_descent(impl, case):
     says="The weight's step is the projected gradient and a term of second order, exactly.",
     formula=r"\Delta(sBA) = -\eta\, \tilde g^* + \eta^2 s\, g^B g^A",
     needs=("sgd_step.X",),
-    tolerance=1,
+    tolerance=2,
     cases=pulls(),
 )
 def test_exact_step(impl, case):
@@ -635,7 +635,7 @@ def test_exact_step(impl, case):
     says="The step's delta is that of its inverses.",
     formula=r"\text{step}(\delta) = (A, B) - \eta\, (g^A, g^B)(\delta)",
     needs=("sgd_step.delta", "optimal_gradients.delta"),
-    tolerance=4,
+    tolerance=2,
     cases=pulls(),
 )
 def test_delta_of_gradient_descent(impl, case):
@@ -715,7 +715,7 @@ def _step_size(direction, case, X):
     says="The first step of AdamW moves the weight along the projection of Adam's first direction, which is nearly the sign.",
     formula=r"\Delta(sBA) = -\eta \Big( P_B d + (I - P_B)\, d\, P_A \Big) + O(\eta^2), \quad d = \tilde g^* / (|\tilde g^*| + \epsilon)",
     needs=("init_state", "step.adam_eps"),
-    tolerance=1,
+    tolerance=0.05,
     cases=moments(),
 )
 def test_first_adamw_step(impl, case):
@@ -735,7 +735,7 @@ def test_first_adamw_step(impl, case):
     says="The moments are running means of the equivalent gradient and of its square, entry by entry of the weight.",
     formula=r"m \leftarrow \beta_1 m + (1 - \beta_1)\, \tilde g^*, \quad v \leftarrow \beta_2 v + (1 - \beta_2)\, \tilde g^{*2}",
     needs=("step.beta1", "step.beta2"),
-    tolerance=1,
+    tolerance=2,
     cases=moments(),
 )
 def test_moments(impl, case):
@@ -775,7 +775,7 @@ def test_any_adamw_step(impl, case):
     says="Without options the means decay by 0.9 and 0.999, eps is 1e-8, nothing decays, and X is that of the Sylvester equation.",
     formula=r"\beta_1 = 0.9, \quad \beta_2 = 0.999, \quad \epsilon = 10^{-8}, \quad \lambda = 0",
     needs=("step",),
-    tolerance=1,
+    tolerance=2,
     cases=moments(),
 )
 def test_defaults_of_adamw(impl, case):
@@ -795,9 +795,9 @@ def test_defaults_of_adamw(impl, case):
 @law(
     "lora_pro.L13e",
     says="Five steps in a row: the moments are handed on, and each step is the one for its number and for the factors of its time.",
-    formula=r"m_t = (1 - \beta_1) \sum_{k \le t} \beta_1^{t-k} \tilde g^*_k, \quad v_t = (1 - \beta_2) \sum_{k \le t} \beta_2^{t-k} \tilde g^{*2}_k",
+    formula=r"m_t = (1 - \beta_1) \sum_{k \le t} \beta_1^{t-k} \tilde g^*_k, \quad v_t \text{ likewise of } \tilde g^{*2}_k",
     needs=("init_state", "step.beta1", "step.beta2", "step.adam_eps"),
-    tolerance=1,
+    tolerance=0.05,
     cases=moments(),
     examples=20,
 )
@@ -843,9 +843,7 @@ def test_delta_of_adamw(impl, case):
     assert_close(after.moment1, 0.1 * g, size=size, conditioning=conditioning, what="the mean")
     got = _equivalent(case.A - after.A, case.B - after.B, case.A, case.B, s)
     size = s * _step_size(direction, case, "sylvester") * (np.linalg.norm(case.A) + np.linalg.norm(case.B))
-    assert_close(
-        got, case.lr * seen(direction), size=size, conditioning=conditioning * (1 + size) / case.adam_eps, what="the weight's step"
-    )
+    assert_close(got, case.lr * seen(direction), size=size, conditioning=conditioning / case.adam_eps, what="the weight's step")
 
 
 @law(
@@ -853,7 +851,7 @@ def test_delta_of_adamw(impl, case):
     says="Without a gradient, decay shrinks the whole weight, the frozen one included.",
     formula=r"W_0 + sBA \leftarrow (1 - \eta\lambda)\,(W_0 + sBA)",
     needs=("init_state", "step.weight_decay"),
-    tolerance=3,
+    tolerance=6,
     cases=moments(),
 )
 def test_decay(impl, case):
@@ -971,7 +969,7 @@ def _efficient(impl, case, X, decay, **options):
         *("step_efficient.beta1", "step_efficient.beta2", "step_efficient.adam_eps"),
         *("step_efficient.weight_decay", "step_efficient.X"),
     ),
-    tolerance=1,
+    tolerance=2,
     cases=factor_moments(),
 )
 def test_efficient_step(impl, case):
@@ -987,7 +985,7 @@ def test_efficient_step(impl, case):
     says="The defaults of the efficient mode are those of the full one.",
     formula=r"\beta_1 = 0.9, \quad \beta_2 = 0.999, \quad \epsilon = 10^{-8}, \quad \lambda = 0",
     needs=("step_efficient",),
-    tolerance=1,
+    tolerance=8,
     cases=factor_moments(),
 )
 def test_defaults_of_the_efficient_step(impl, case):
@@ -999,7 +997,7 @@ def test_defaults_of_the_efficient_step(impl, case):
 @law(
     "lora_pro.L17d",
     says="At the usual start, where B = 0, the efficient mode leaves A alone, and B takes Adam's first step, for any small delta.",
-    formula=r"B = 0 \;\Rightarrow\; A \leftarrow A, \quad B \leftarrow -\eta\, g / (|g| + \epsilon), \quad g = \tfrac1s G A^\top (A A^\top + \delta I)^{-1}",
+    formula=r"A \leftarrow A, \quad B \leftarrow -\eta\, g / (|g| + \epsilon), \quad g = \tfrac1s G A^\top (A A^\top + \delta I)^{-1}",
     needs=("init_state_efficient", "step_efficient.delta", "step_efficient.adam_eps"),
     tolerance=1,
     cases=moments(),
@@ -1024,7 +1022,7 @@ def test_start_of_the_efficient_mode(impl, case):
     "lora_pro.T1",
     says="Two pairs have the same equivalent gradient just if they differ by X A and -B X: the free matrix has rank^2 entries.",
     formula=r"s B u + s v A = 0 \iff u = X A,\; v = -B X",
-    tolerance=30,
+    tolerance=8,
     cases=pulls(),
 )
 def test_null_space(case):
@@ -1032,7 +1030,8 @@ def test_null_space(case):
     columns = np.hstack([np.kron(case.B, np.eye(n)), np.kron(np.eye(m), case.A.T)])
     values = np.linalg.svd(columns, compute_uv=False)
     assert np.sum(values > 1e-8 * values[0]) == columns.shape[1] - r * r, "the null space has another dimension than rank^2"
-    moved = _equivalent(case.X @ case.A, -case.B @ case.X, case.A, case.B, 1.0)
+    X = case.X / 3  # exists in no precision
+    moved = _equivalent(X @ case.A, -case.B @ X, case.A, case.B, 1.0)
     assert_close(moved, 0 * moved, size=np.linalg.norm(case.A) * np.linalg.norm(case.B) * np.linalg.norm(case.X), what="the move")
 
 
@@ -1040,7 +1039,7 @@ def test_null_space(case):
     "lora_pro.T2",
     says="Through a smooth loss, the slope along the adjusted pair is minus the square of the projected gradient (Theorem 2).",
     formula=r"\tfrac{d}{d\eta} L\big(W_0 + s (B - \eta g^B)(A - \eta g^A)\big) \big|_{\eta = 0} = -\|\tilde g^*\|_F^2 \le 0",
-    tolerance=1e8,  # central differences with step 1e-5: h^2 plus eps / h
+    tolerance=2e5,  # central differences with step 1e-5: h^2 plus eps / h
     cases=pulls(),
 )
 def test_decrease_through_a_loss(case):
@@ -1058,7 +1057,7 @@ def test_decrease_through_a_loss(case):
     "lora_pro.T3",
     says="Any other X brings the pair farther from back-propagation's (Theorem 3).",
     formula=r"\|g^A(X) - g^A_{lora}\|_F^2 + \|g^B(X) - g^B_{lora}\|_F^2 \ge \text{its value at the Sylvester equation's } X",
-    tolerance=100,
+    tolerance=4,
     cases=pulls(),
 )
 def test_no_other_is_nearer(case):
@@ -1091,13 +1090,13 @@ def test_counted_twice(case):
     "lora_pro.T5",
     says="From B = 0, A moves in the second step by an amount that the learning rate does not make small.",
     formula=r"B_1 = -\eta h \;\Rightarrow\; \eta\, \tfrac1s B_1^+ G_1 = -\tfrac1s h^+ G_1 \text{ for every } \eta",
-    tolerance=1e3,
+    tolerance=8,
     cases=pulls(),
 )
 def test_second_step_from_zero(case):
     G1 = _grid(Matrices(case.seed + 4)(*case.G.shape), 0.125)
     h = (case.G @ np.linalg.pinv(case.A)) / case.scaling
-    moved = [lr * _pair(G1, case.A, -lr * h, case.scaling)[0] for lr in (1.0, 2.0**-10, 2.0**-20)]
+    moved = [lr * _pair(G1, case.A, -lr * h, case.scaling)[0] for lr in (1.0, 1e-3, 1e-6)]
     for other in moved[1:]:
         assert_close(other, moved[0], size=np.abs(moved[0]).max(), conditioning=_conditioning(h), what="how far A moves")
     assert np.linalg.norm(moved[0]) > 0, "nothing moved: the check says nothing"
