@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 
 from loracle.oracle_tests.contract import Shape
@@ -9,6 +10,15 @@ from loracle.oracle_tests.mistakes import Observables, mistake
 from loracle.oracle_tests.strategies import Matrices
 from loracle.reference import lora_pro as right
 from loracle.reference.lora import Factors, Gradients
+
+
+def _B(case):
+    """Of full rank; in the last case the last column is the sum of the others, exactly in every precision."""
+    matrices, m, r = Matrices(case.number + 31), case.out, case.rank
+    if case.number < 7:
+        return case.rounded(matrices.with_spectrum(m, r, np.linspace(2, 1, r)))
+    columns = np.rint(16 * matrices.with_spectrum(m, r - 1, np.linspace(2, 1, r - 1))) / 16
+    return np.hstack([columns, columns.sum(axis=1, keepdims=True)])
 
 
 def _factors(case):
@@ -40,6 +50,7 @@ def _squares(name, dims):
 OBSERVABLES = Observables(
     choices={"X": ("zero", "symmetry")},
     values={
+        "B": _B,
         "grad_A": _grad_A,
         "grad_B": _grad_B,
         "moment2": _squares("moment2", "out in"),
