@@ -102,6 +102,10 @@ def _check(
     console = Console(stderr=True)
     steps = iter(track(range(count), description=f"{slug} of {spec}", console=console, transient=True, disable=not console.is_terminal))
     next(steps, None)
+
+    def advance(result: object) -> None:
+        next(steps, None)
+
     return run(
         spec,
         paper=slug,
@@ -110,7 +114,7 @@ def _check(
         expected_failures=expected,
         time_limit=time_limit,
         isolate=isolate,
-        on_result=lambda result: next(steps, None),
+        on_result=advance,
         **options,
     )
 
@@ -136,7 +140,9 @@ def _write(done: list[Any], output: Format, out: Path | None) -> None:
     if out is None:
         sys.stdout.write(text + "\n")
         return
-    out.write_text(text + "\n", encoding="utf-8")
+    from loracle.oracle_tests.files import write_atomically
+
+    write_atomically(out, text + "\n")
     typer.echo("\n".join([*map(reports.summary, done), f"written to {out}"]))
 
 

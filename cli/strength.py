@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from .oracle import Format
-
 T = TypeVar("T")
+
+
+class Format(StrEnum):
+    """How the numbers are written."""
+
+    text = "text"
+    json = "json"
+
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,6 +95,7 @@ def _print_strength(found: Strength) -> None:
         table.add_row(name, str(count), str(killed[name]))
     table.add_section()
     table.add_row("all", str(len(found.outcomes)), f"{found.killed} ({found.score:.1%})")
+    table.add_row("by laws", "", f"{found.killed_by_laws}; the rest by what the file promises of errors, defaults and modules")
     console.print(table)
     for mutant in found.survivors:
         reason = found.reasons.get((mutant.function, mutant.change), "UNEXPLAINED")

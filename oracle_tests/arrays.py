@@ -91,12 +91,29 @@ def precision(arrays: str, dtype: str) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread: on matrices as small as a law's, several only wait for each other, on a busy machine for long."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def random_states() -> dict[str, Any]:
     """The states of the global generators of `random`, NumPy and (where imported) torch, in comparable form."""
     import random
 
-    numpy_state = np.random.get_state(legacy=True)
-    states: dict[str, Any] = {"random": random.getstate(), "numpy.random": (numpy_state[1].tobytes(), *numpy_state[2:])}
+    numpy_state: Any = np.random.get_state(legacy=True)
+    states: dict[str, Any] = {"numpy.random": (numpy_state[1].tobytes(), *numpy_state[2:])}
+    if "beartype" not in sys.modules:  # which draws from `random` the entry of a list that it checks, in anybody's functions
+        states["random"] = random.getstate()
     if torch := sys.modules.get("torch"):
         states["torch"] = torch.get_rng_state().numpy().tobytes()
         if torch.cuda.is_initialized():
@@ -119,7 +136,8 @@ def restore_random_states(states: dict[str, Any]) -> None:
     """Set the global generators back to what `random_states` found."""
     import random
 
-    random.setstate(states["random"])
+    if "random" in states:
+        random.setstate(states["random"])
     key, *rest = states["numpy.random"]
     np.random.set_state(("MT19937", np.frombuffer(key, np.uint32), *rest))
     for name, library in (("torch", "torch"), ("torch.cuda", "torch.cuda")):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import adapters
+from .files import write_atomically
 from .running import Result, check
 
 SCHEMA = 1
@@ -45,7 +46,8 @@ def measure(name: str, on_result: Callable[[Result], None] | None = None) -> dic
 def published(name: str) -> dict[str, Any]:
     """The published outcome, or an empty dict."""
     path = PUBLISHED / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else {}  # type: ignore[no-any-return]
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -64,6 +66,4 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def publish(name: str, result: dict[str, Any]) -> Path:
     """Write an outcome where the site reads it."""
-    path = PUBLISHED / f"{name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    return path
+    return write_atomically(PUBLISHED / f"{name}.json", json.dumps(result, indent=1) + "\n")

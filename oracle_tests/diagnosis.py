@@ -14,13 +14,12 @@ eight fixed generic cases (out != in, rank >= 2, scaling none of 0, 1, 2, rank; 
 """
 
 import ast
-import contextlib
 import functools
 import inspect
 import math
 import textwrap
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any, NamedTuple
@@ -28,14 +27,15 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from .arrays import EPS, random_states, restore_random_states, round_to
+from .arrays import EPS, one_thread, random_states, restore_random_states, round_to
 from .contract import Shape, contract
 from .law import Law, laws_of
 from .loading import ContractBroken, Implementation, MissingFunction, load
 from .mistakes import Mistake, mistakes_of, observables_of, wrong
 from .strategies import Matrices
 
-TIME_LIMIT = 5.0  # seconds for the calls of the implementation in one diagnosis
+TIME_LIMIT = 10.0  # seconds for the calls of the implementation in one diagnosis
+COMPILING = 4  # times as many for JAX, which compiles anew for the shapes of each case
 SEEDS = 24
 # Largest relative difference that is rounding: wide enough for another road to the same values, such as eigenvectors of G'G
 ROUNDING = {"float64": 1e-9, "float32": 2e-5, "float16": 2e-2, "bfloat16": 5e-2}
@@ -155,7 +155,7 @@ def probes_for(paper: str, needs: Iterable[str]) -> tuple[Probe, ...]:
 def looked_at(law: Law) -> tuple[str, ...]:
     """The functions and options that a law looks at: those that it needs, and those that it names where it calls.
 
-    `needs` alone would do if it named every option; options without which an implementation is hardly one are left out there.
+    `needs` alone does not do: it leaves out options that every implementation should have.
     """
     found: dict[str, None] = dict.fromkeys(law.needs)
     todo, seen = [law.body], list[Any]()
@@ -454,7 +454,7 @@ class Diagnosis:
 
 
 class _Patient:
-    """What has been observed of one implementation. Raises what its hanging raised, again, without a second wait."""
+    """What has been observed of one implementation, and which of its functions took too long: nobody waits for them twice."""
 
     def __init__(self) -> None:
         self.seen: dict[Probe, Observed | None] = {}
@@ -484,7 +484,7 @@ def diagnose(impl: Implementation, needs: Iterable[str] | None = None) -> Diagno
     if wanted not in patient.diagnoses:
         derived, states = set(impl.derived), random_states()
         probes = _all_probes(impl.paper) if needs is None else probes_for(impl.paper, wanted)
-        with warnings.catch_warnings(), np.errstate(all="ignore"), _one_thread():
+        with warnings.catch_warnings(), np.errstate(all="ignore"), one_thread():
             warnings.simplefilter("ignore")
             try:
                 patient.diagnoses[wanted] = _Comparison(impl, patient).diagnose(probes)
@@ -492,19 +492,6 @@ def diagnose(impl: Implementation, needs: Iterable[str] | None = None) -> Diagno
                 impl.derived = derived
                 restore_random_states(states)
     return patient.diagnoses[wanted]
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """torch on one thread: on matrices as small as these, several only wait for each other, on a busy machine for long."""
-    import torch  # the reference needs it in any case
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class _Comparison:
@@ -538,7 +525,7 @@ class _Comparison:
         todo = [p for p in probes if p not in self.patient.seen and _truth(self.impl.paper, p, self.dtype) is not None]
         current = None
         try:
-            with limited(TIME_LIMIT):
+            with limited(TIME_LIMIT * (COMPILING if self.impl.arrays == "jax" else 1)):
                 for current in todo:
                     if current.function in self.patient.too_slow:
                         raise LawTimeout

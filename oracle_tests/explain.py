@@ -2,6 +2,8 @@
 
 import ast
 import inspect
+import re
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -83,7 +85,8 @@ def snippet(law: Law, impl: Implementation, case: Any, error: BaseException) -> 
     if impl.arrays == "jax":
         imports += ["jax", "jax.numpy as jnp"]
         body = ('jax.config.update("jax_enable_x64", True)\n' if impl.dtype == "float64" else "") + body
-    return "\n".join([f"# {law.id}: {law.says}", *(f"import {name}" for name in sorted(imports)), *_import_lines(impl), "", body])
+    head = [f"# {law.id}: {law.says}", "from __future__ import annotations", "", *(f"import {name}" for name in sorted(imports))]
+    return "\n".join([*head, *_import_lines(impl), "", body])
 
 
 def _law_program(law: Law, impl: Implementation, case: Any) -> str:
@@ -109,7 +112,9 @@ def _law_program(law: Law, impl: Implementation, case: Any) -> str:
             "",
             "def assert_close(got, want, *, size=1.0, conditioning=1.0, within=None, what='the result'):",
             f"    tolerance = {law.tolerance * impl.eps * impl.tolerance_factor!r} * conditioning * size if within is None else within",
-            "    error = np.abs(np.asarray(got, float) - np.asarray(want, float))",
+            "    got, want = np.asarray(got, float), np.asarray(want, float)",
+            "    assert got.shape == want.shape, f'{what} has shape {got.shape}, expected {want.shape}'",
+            "    error = np.abs(got - want)",
             "    assert np.all(error <= tolerance), f'{what}: {got} is not {want}, off by {np.max(error)}'",
             "",
             "",
@@ -122,17 +127,26 @@ def _law_program(law: Law, impl: Implementation, case: Any) -> str:
 
 
 def _gather(function: Any, sources: dict[str, str]) -> None:
-    """The source of `function` without decorators, after that of every helper and constant that it reads."""
-    names = inspect.getclosurevars(function).globals
-    for name, value in names.items():
-        if name in ("assert_close", "np") or name in sources:
-            continue
-        if inspect.isfunction(value) and value.__module__.startswith(function.__module__.rpartition(".")[0]):
-            _gather(value, sources)
-        elif isinstance(value, int | float | str | tuple):
-            sources[name] = f"{name} = {value!r}"
+    """The source of a function (without decorators) or class, after that of every helper, constant and module that it reads."""
     source = textwrap.dedent(inspect.getsource(function))
-    definition = next(node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef))
+    definition = next(node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.ClassDef))
+    definition.decorator_list = []
+    namespace = vars(sys.modules[function.__module__])
+    # In the tree, not in the code: the names in a lambda or a comprehension count too
+    nodes = [node for node in ast.walk(definition) if isinstance(node, ast.Name)]
+    own = {node.id for node in nodes if isinstance(node.ctx, ast.Store)} | {a.arg for a in ast.walk(definition) if isinstance(a, ast.arg)}
+    for name in dict.fromkeys(node.id for node in nodes if node.id in namespace and node.id not in own):
+        value = namespace[name]
+        if name in ("assert_close", "np", function.__name__) or name in sources:
+            continue
+        if inspect.ismodule(value):
+            sources[name] = f"import {value.__name__} as {name}"
+        elif isinstance(value, int | float | str | tuple | np.ndarray) and not isinstance(value, type):
+            sources[name] = f"{name} = {literal(value)}"
+        elif getattr(value, "__module__", "").startswith(__package__) and (inspect.isfunction(value) or inspect.isclass(value)):
+            sources[name] = ""  # who reads itself through another
+            _gather(value, sources)
+            sources[name] = sources.pop(name)  # after what it reads
     sources[function.__name__] = "\n".join(source.splitlines()[definition.lineno - 1 :]).rstrip()
 
 
@@ -155,6 +169,10 @@ def _calling_lines(impl: Implementation, derived: dict[str, Any]) -> list[str]:
         }[impl.generator]
         lines += ["    if name == 'generator':", f"        return {made}"]
     lines += [
+        "    if isinstance(value, list | tuple):",
+        "        return [send('', part) for part in value]",
+        "    if callable(value):",
+        "        return lambda *given: send('', value(*(receive('', part) for part in given)))",
         "    if not isinstance(value, np.ndarray):",
         "        return value",
         "    return " + _as_array("value", impl, floating='value.dtype.kind == "f"'),
@@ -162,12 +180,15 @@ def _calling_lines(impl: Implementation, derived: dict[str, Any]) -> list[str]:
         "",
         "def receive(name, value):",
         "    if isinstance(value, dict):",
-        "        value = tuple(value.values())",
+        "        value = [value[part] for part in Parts.names[name]]",
         "    if isinstance(value, tuple | list):",
         "        return Parts(name, [receive('', part) for part in value])",
         "    if hasattr(value, 'detach'):",
         "        value = value.detach().cpu().double().numpy() if value.is_floating_point() else value.cpu().numpy()",
-        "    return np.asarray(value, float) if getattr(value, 'dtype', None) is not None and value.dtype != bool else value",
+        "    if not hasattr(value, 'dtype'):",
+        "        return value",
+        "    value = np.asarray(value)",
+        "    return value.astype(float) if value.dtype.kind in 'fV' else value",
         "",
         "",
         "class Parts(tuple):  # a result in parts, which have names",
@@ -202,7 +223,9 @@ def _argument(name: str, value: Any, impl: Implementation) -> str:
         }[impl.generator]
     if isinstance(value, np.ndarray):
         return _as_array(literal(value, impl.dtype), impl, floating=value.dtype.kind == "f")
-    return repr(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_argument('', part, impl) for part in value)}]"
+    return literal(value)
 
 
 def _as_array(expression: str, impl: Implementation, floating: str | bool) -> str:
@@ -216,10 +239,15 @@ def _as_array(expression: str, impl: Implementation, floating: str | bool) -> st
     return f"{space}.asarray({expression}, dtype={dtype})"
 
 
-def literal(value: Any, dtype: str) -> str:
+def literal(value: Any, dtype: str = "float64") -> str:
     """Code for a value; a float array is written as the implementation received it."""
     if isinstance(value, np.ndarray):
-        return f"np.array({round_to(value, dtype).tolist()!r})"
+        entries = re.sub(r"\b(nan|inf)\b", r"np.\1", repr(round_to(value, dtype).tolist()))
+        shape = f".reshape{value.shape!r}" if value.size == 0 else ""  # a list of no lists does not say how many columns
+        return f"np.array({entries}{'' if value.dtype.kind == 'f' else f', {value.dtype.name!r}'}){shape}"
+    if type(value) in (list, tuple):
+        parts = ", ".join(literal(part, dtype) for part in value)
+        return f"[{parts}]" if isinstance(value, list) else f"({parts}{',' * (len(value) == 1)})"
     return repr(value)
 
 
@@ -230,8 +258,9 @@ def _import_lines(impl: Implementation) -> list[str]:
     place, _, attribute = impl.name.partition(":") if not Path(impl.name).exists() else (impl.name, "", "")
     if place.endswith(".py"):
         path = Path(place).resolve()
-        lines = ["import importlib.util", f"spec = importlib.util.spec_from_file_location({path.stem!r}, {str(path)!r})"]
-        lines += ["mine = importlib.util.module_from_spec(spec)", "spec.loader.exec_module(mine)"]
+        lines = ["import importlib.util", "import sys", "", f"sys.path.insert(0, {str(path.parent)!r})"]
+        lines += [f"spec = importlib.util.spec_from_file_location('mine', {str(path)!r})"]
+        lines += ["mine = sys.modules['mine'] = importlib.util.module_from_spec(spec)", "spec.loader.exec_module(mine)"]
     else:
         lines = [f"import {place} as mine"]
     return [*lines, *([f"mine = mine.{attribute}"] if attribute else [])]

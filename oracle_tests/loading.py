@@ -26,17 +26,24 @@ class Breach:
 
     function: str
     arguments: dict[str, Any]
-    kind: str  # "result", "printed", "generator", "changed"
+    kind: str  # "result", "printed", "generator", "changed", "exits"
     assertion: str
 
     def program(self, call: str) -> list[str]:
         """Lines that make the call and assert what it promised."""
         if self.kind == "printed":
             return ["with contextlib.redirect_stdout(io.StringIO()) as printed:", f"    {call}", "assert not printed.getvalue()"]
+        if self.kind == "exits":
+            return ["try:", f"    {call}", "except SystemExit:", f"    raise AssertionError('{self.function} calls sys.exit')"]
         if self.kind == "generator":
-            state = {"torch": "torch.get_rng_state().tolist()", "random": "random.getstate()", "numpy.random": "str(np.random.get_state())"}
-            lines = ["import random", f"before = {state[self.assertion]}", call]
-            return [*lines, f"assert {state[self.assertion]} == before, 'the global generator of {self.assertion} changed'"]
+            state = {
+                "torch": "torch.get_rng_state().tolist()",
+                "torch.cuda": "torch.cuda.get_rng_state().tolist()",
+                "random": "random.getstate()",
+                "numpy.random": "str(np.random.get_state())",
+            }[self.assertion]
+            lines = [*([f"import {self.assertion}"] if self.assertion != "numpy.random" else []), f"before = {state}", call]
+            return [*lines, f"assert {state} == before, 'the global generator of {self.assertion} changed'"]
         if self.kind == "changed":
             copied = f"np.array({self.assertion}.tolist())"
             return [f"before = {copied}", call, f"assert np.array_equal({copied}, before), '{self.assertion} was changed in place'"]
@@ -153,7 +160,7 @@ class Implementation:
                 except NotImplementedError as error:
                     raise MissingFunction(f"{function}: it raises NotImplementedError({str(error)!r})") from error
                 except SystemExit as error:
-                    raise RuntimeError(f"{function} calls sys.exit({error.code!r})") from error
+                    raise ContractBroken(f"{function} calls sys.exit({error.code!r})", Breach(function, arguments, "exits", "")) from error
             for name, old in before.items():
                 if not np.array_equal(arr.to_numpy(given[name]), old, equal_nan=True):
                     message = f"{spec.name} changed its argument {name} in place; return a new array"
@@ -220,8 +227,10 @@ class Implementation:
         if isinstance(result, Mapping):
             keys = names
             if set(names) - result.keys():
-                message = f"{spec.name} returned a dict with keys {sorted(result)}; needed {names}"
-                raise ContractBroken(message, Breach(spec.name, arguments, "result", f"assert set(result) >= {set(names)!r}"))
+                message = f"{spec.name} returned a dict with keys {sorted(map(str, result))}; needed {names}"
+                raise ContractBroken(
+                    message, Breach(spec.name, arguments, "result", f"assert not isinstance(result, dict) or set(result) >= {set(names)!r}")
+                )
         elif not isinstance(result, tuple | list) or len(result) != len(names):
             message = f"{spec.name} returned {_describe(result)}; needed ({', '.join(names)}) as a tuple, dict or NamedTuple"
             check = f"assert isinstance(result, (tuple, list)) and len(result) == {len(names)}"
@@ -244,7 +253,13 @@ class Implementation:
         needed = tuple(n for d in part.dims.split() for n in (sizes.get(d, (d,)) if d == "..." else (sizes.get(d, d),)))
         fits = len(needed) == len(value.shape) and all(n == g or isinstance(n, str) for n, g in zip(needed, value.shape, strict=True))
         if not fits:
-            raise broken(f"has shape {tuple(value.shape)}; needed {dims} = {needed}", f"tuple({code}.shape) == {needed!r}")
+            told = [f"{code}.shape[{i}] == {n}" for i, n in enumerate(needed) if not isinstance(n, str)]
+            check = (
+                f"tuple({code}.shape) == {needed!r}"
+                if len(told) == len(needed)
+                else " and ".join([f"len({code}.shape) == {len(needed)}", *told])
+            )
+            raise broken(f"has shape {tuple(value.shape)}; needed {dims} = {needed}", check)
         dtype = arr.dtype_name(value)
         if part.dtype == "Float" and dtype != self.dtype:
             message = f"has dtype {dtype} for arguments of dtype {self.dtype}; keep the arguments' dtype"
@@ -378,7 +393,10 @@ def _number(kind: str, value: Any, broken: Callable[[str, str], ContractBroken],
     if arr.is_array(value) and arr.to_numpy(value).size == 1:
         value = arr.to_numpy(value).item()
     if isinstance(value, bool) != (kind == "bool") or not isinstance(value, int | float):
-        raise broken(f"is {_describe(value)}; needed a number ({kind})", f"isinstance({code}, {kind})")
+        kinds = "b" if kind == "bool" else "iuf"
+        raise broken(
+            f"is {_describe(value)}; needed a number ({kind})", f"np.size({code}) == 1 and np.asarray({code}).dtype.kind in {kinds!r}"
+        )
     if not np.isfinite(value) or (kind == "int" and value != int(value)):
         raise broken(
             f"is {value!r}; needed a finite {'whole ' if kind == 'int' else ''}number", f"np.isfinite({code}) and {code} == {kind}({code})"

@@ -156,7 +156,7 @@ def _drop_call(node: ast.AST, parent: ast.AST) -> Iterator[ast.expr]:
 
 @rule("swap arguments")
 def _swap_arguments(node: ast.AST, parent: ast.AST) -> Iterator[ast.expr]:
-    if isinstance(node, ast.Call):
+    if isinstance(node, ast.Call) and not (isinstance(node.func, ast.Name) and node.func.id in ("min", "max")):
         for i in range(len(node.args) - 1):
             yield ast.Call(node.func, _swapped(node.args, i), node.keywords)
 
@@ -165,7 +165,8 @@ def _swap_arguments(node: ast.AST, parent: ast.AST) -> Iterator[ast.expr]:
 def _swap_parts(node: ast.AST, parent: ast.AST) -> Iterator[ast.expr]:
     if isinstance(node, ast.Tuple) and isinstance(node.ctx, ast.Load) and isinstance(parent, ast.Return | ast.Assign | ast.IfExp):
         for i in range(len(node.elts) - 1):
-            yield ast.Tuple(_swapped(node.elts, i), node.ctx)
+            if not _is_choice(node):
+                yield ast.Tuple(_swapped(node.elts, i), node.ctx)
     if isinstance(node, ast.Call) and not isinstance(parent, ast.Expr):
         # The parts of a NamedTuple given by keyword, or two options; in a check by itself the order concerns the message only
         for i in range(len(node.keywords) - 1):
@@ -179,7 +180,8 @@ def _swapped(items: list[ast.expr], i: int) -> list[ast.expr]:
 
 @rule("drop a choice")
 def _drop_choice(node: ast.AST, parent: ast.AST) -> Iterator[ast.expr]:
-    if isinstance(node, ast.Tuple) and len(node.elts) > 1 and all(_is_text(e) for e in node.elts):
+    if _is_choice(node):
+        assert isinstance(node, ast.Tuple)
         for i in range(len(node.elts)):
             yield ast.Tuple([*node.elts[:i], *node.elts[i + 1 :]], node.ctx)
 
@@ -245,6 +247,11 @@ def _drop_keyword(node: ast.AST, parent: ast.AST) -> Iterator[ast.expr]:
     if isinstance(node, ast.Call):
         for i in range(len(node.keywords)):
             yield ast.Call(node.func, node.args, [*node.keywords[:i], *node.keywords[i + 1 :]])
+
+
+def _is_choice(node: ast.AST) -> bool:
+    """The names of an option's values, whose order means nothing."""
+    return isinstance(node, ast.Tuple) and len(node.elts) > 1 and all(map(_is_text, node.elts))
 
 
 def _is_text(node: ast.AST) -> bool:
@@ -349,13 +356,14 @@ def _assigned_name(node: ast.stmt) -> str:
 
 
 def _is_exempt(node: ast.stmt) -> bool:
-    """Imports, docstrings, `PAPER`, `__main__`, and fields of a NamedTuple, which are annotations."""
+    """Imports, docstrings, `PAPER`, `__main__`, type variables, and fields of a NamedTuple, which are annotations."""
     if isinstance(node, ast.Import | ast.ImportFrom | ast.Pass) or (isinstance(node, ast.Expr) and _is_text(node.value)):
         return True
     if isinstance(node, ast.AnnAssign) and node.value is None:
         return True
     main = isinstance(node, ast.If) and isinstance(node.test, ast.Compare) and ast.unparse(node.test.left) == "__name__"
-    return main or _assigned_name(node) == "PAPER"
+    types = isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "TypeVar"
+    return main or types or _assigned_name(node) == "PAPER"
 
 
 def _can_drop(node: ast.stmt, bound: set[str], last: bool) -> bool:

@@ -74,10 +74,10 @@ def from_module(
             set_dropout(layer, FixedMask(mask, p))
         return layer
 
-    def scaling_factor(alpha: float, rank: int, **chosen: bool) -> float:
+    def scaling_factor(alpha: float, rank: int, **chosen: Any) -> float:
         return scaling(wrap(torch.zeros(rank, rank), rank, alpha, **chosen))
 
-    def init(W0: Tensor, *, rank: int, generator: torch.Generator, **chosen: str) -> tuple[Tensor, Tensor]:
+    def init(W0: Tensor, *, rank: int, generator: torch.Generator, **chosen: Any) -> tuple[Tensor, Tensor]:
         layer = wrap(W0, rank, 1.0, seed=generator.initial_seed(), **chosen)
         return layer.get_parameter(A_name).detach(), layer.get_parameter(B_name).detach()
 

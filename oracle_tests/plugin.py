@@ -111,7 +111,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def impl(request: pytest.FixtureRequest) -> Implementation:
     """The implementation under test: the one named for the law's paper, else the reference file."""
-    return _load(*request.param, request.config)
+    paper, spec = request.param
+    return _load(paper, spec, request.config)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -26,7 +26,8 @@ class LinearRegression:
         return float(0.5 * np.sum((self.X @ W.T - self.Y) ** 2) / len(self.X))
 
     def grad(self, W: np.ndarray) -> np.ndarray:
-        return (self.X @ W.T - self.Y).T @ self.X / len(self.X)
+        gradient: np.ndarray = (self.X @ W.T - self.Y).T @ self.X / len(self.X)
+        return gradient
 
 
 class LogisticRegression:
@@ -40,4 +41,5 @@ class LogisticRegression:
 
     def grad(self, W: np.ndarray) -> np.ndarray:
         margins = self.Y * (self.X @ W.T)
-        return (-self.Y / (1 + np.exp(margins))).T @ self.X / len(self.X)
+        gradient: np.ndarray = (-self.Y / (1 + np.exp(margins))).T @ self.X / len(self.X)
+        return gradient

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Flaky
 from hypothesis.internal.conjecture import providers
 
-from .arrays import random_states, restore_random_states
+from .arrays import one_thread, random_states, restore_random_states
 from .contract import UsageError, nearest
 from .explain import explain
 from .law import Law, laws_of, new_ledger, run_case
@@ -96,7 +96,7 @@ def evaluate(law: Law, impl: Implementation | None, *, profile: str = "default",
 
     states = random_states()
     try:
-        with limited(time_limit), _cases_of_their_own():
+        with limited(time_limit), one_thread(), _cases_of_their_own():
             count = min(PROFILES[profile], law.examples or PROFILES[profile])
             _settings(count, Phase.generate, Phase.shrink)(given(case=law.cases)(one_case))()
     except _Missing as error:

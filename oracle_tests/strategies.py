@@ -57,7 +57,8 @@ class Matrices:
     def with_spectrum(self, rows: int, columns: int, singular_values: Any) -> np.ndarray:
         """A matrix with the given singular values and random singular vectors; missing values are zero."""
         values = np.asarray(singular_values, float)
-        return (self.orthonormal(rows, len(values)) * values) @ self.orthonormal(columns, len(values)).T
+        matrix: np.ndarray = (self.orthonormal(rows, len(values)) * values) @ self.orthonormal(columns, len(values)).T
+        return matrix
 
     def separated(self, rows: int, columns: int, count: int | None = None) -> np.ndarray:
         """A matrix of rank `count` (full rank by default) whose singular values lie apart, at least half of the mean distance.

@@ -6,10 +6,10 @@ arguments and the expected value do not depend on what the implementation return
 itself or, where that is free up to a rotation or signs, one of its two Gram matrices.
 """
 
+import ast
 import contextlib
+import inspect
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import save
 
-from .arrays import round_to
+from .arrays import one_thread, round_to
 from .contract import contract
+from .files import write_atomically
 from .law import Comparison, Law, laws_of, measuring, new_ledger
 from .loading import Implementation, load
 from .mistakes import mistakes_of, wrong
+from .mutation import reach
 from .running import collect_cases
 
 SCHEMA = 1
@@ -78,9 +80,8 @@ def _vectors(law: Law, right: Implementation, disturbed: Implementation) -> list
 def _matching(law: Law, call: Call, comparison: Comparison) -> list[Vector]:
     """The vector of this call, if what was compared is one of the observables of a part of its result."""
     assert comparison.tolerance is not None
-    if any(
-        isinstance(v, np.ndarray) and v.dtype.kind == "f" and not np.array_equal(v, round_to(v, DTYPE)) for v in call.arguments.values()
-    ):
+    exists = all(np.array_equal(v, round_to(v, DTYPE)) for v in _flat(call.arguments).values())
+    if not exists or any(callable(v) for v in call.arguments.values()):
         return []
     for name, observe in OBSERVABLES.items():
         for part, value in call.parts.items():
@@ -130,11 +131,29 @@ def _disturbed(right: Implementation) -> SimpleNamespace:
     return SimpleNamespace(**{name: wrapped(getattr(right.namespace, name)) for name in contract(right.paper)})
 
 
+def _flat(arguments: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays among arguments by name; those of a pair or a list are numbered, "indices.0"."""
+    pairs = [(k, v) if isinstance(v, np.ndarray) else (f"{k}.{i}", w) for k, v in arguments.items() for i, w in _members(v)]
+    return {name: value for name, value in pairs if isinstance(value, np.ndarray)}
+
+
+def _members(value: Any) -> list[tuple[int, Any]]:
+    return list(enumerate(value)) if isinstance(value, tuple | list) else [(0, value)]
+
+
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return one.keys() == other.keys() and all(np.array_equal(one[k], other[k]) for k in one)
+    arrays, others = _flat(one), _flat(other)
+    if one.keys() != other.keys() or arrays.keys() != others.keys():
+        return False
+    return all(np.array_equal(arrays[k], others[k]) for k in arrays) and _numbers(one) == _numbers(other)
 
 
-def _kills(vector: Vector, impl: Implementation) -> bool:
+def _numbers(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that hold no array and can be written as JSON; not the seed, since any will do."""
+    return {k: v for k, v in arguments.items() if k != "generator" and (v is None or isinstance(v, int | float | str))}
+
+
+def _is_off(vector: Vector, impl: Implementation) -> bool:
     """Whether an implementation gives another value than the vector expects, in float64."""
     try:
         result = impl.call(vector.function, **vector.arguments)
@@ -148,31 +167,18 @@ def _kills(vector: Vector, impl: Implementation) -> bool:
 def export(paper: str, folder: Path) -> Path:
     """Write `PAPER.safetensors` and `PAPER.json` into `folder`, each atomically; returns the manifest's path.
 
-    Tensors are named "INDEX.argument.NAME", "INDEX.expected" and "INDEX.tolerance". The manifest has the schema version and for
-    each vector its law, function, arguments that are numbers, what to compare, and the mistakes that it kills.
+    Tensors are named "INDEX.argument.NAME" ("INDEX.argument.NAME.0" for the members of a pair), "INDEX.expected" and
+    "INDEX.tolerance". The manifest has the schema version and for each vector its law, function, arguments that are numbers,
+    what to compare, and the mistakes that it kills.
     """
-    vectors = vectors_of(paper)
-    mistakes = [(m, load(wrong(m), paper=paper)) for m in mistakes_of(paper) if not m.harmless]
-    sentences = {law.id: law.says for law in laws_of(paper)}
+    with one_thread():
+        vectors = vectors_of(paper)
+        kills = _kills(paper, vectors)
+    says = {law.id: law.says for law in laws_of(paper)}
     tensors: dict[str, np.ndarray] = {}
-    entries = []
     for index, vector in enumerate(vectors):
-        arrays = {k: v for k, v in vector.arguments.items() if isinstance(v, np.ndarray)}
-        tensors |= {f"{index}.argument.{k}": np.ascontiguousarray(v) for k, v in arrays.items()}
+        tensors |= {f"{index}.argument.{k}": np.ascontiguousarray(v) for k, v in _flat(vector.arguments).items()}
         tensors |= {f"{index}.expected": np.array(vector.expected), f"{index}.tolerance": np.array(vector.tolerance)}
-        entries.append(
-            {
-                "index": index,
-                "law": vector.law,
-                "says": sentences[vector.law],
-                "function": vector.function,
-                "arrays": sorted(arrays),
-                "numbers": {k: v for k, v in vector.arguments.items() if k not in arrays and k != "generator"},
-                "part": vector.part,
-                "compare": vector.compare,
-                "kills": [m.name for m, impl in mistakes if vector.function in m.functions and _kills(vector, impl)],
-            }
-        )
     manifest = {
         "schema": SCHEMA,
         "paper": paper,
@@ -181,23 +187,35 @@ def export(paper: str, folder: Path) -> Path:
         "the tensor `expected`: no entry may be off by more than `tolerance` times eps, 2^-52 in float64 and 2^-23 in float32; "
         "where a function draws, any seed will do",
         "compare": list(OBSERVABLES),
-        "vectors": entries,
+        "vectors": [
+            {
+                "index": index,
+                "law": vector.law,
+                "says": says[vector.law],
+                "function": vector.function,
+                "arrays": sorted(_flat(vector.arguments)),
+                "numbers": _numbers(vector.arguments),
+                "part": vector.part,
+                "compare": vector.compare,
+                "kills": kills[index],
+            }
+            for index, vector in enumerate(vectors)
+        ],
     }
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / f"{paper}.safetensors", save(tensors))
-    _write(folder / f"{paper}.json", (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode())
+    write_atomically(folder / f"{paper}.safetensors", save(tensors))
+    write_atomically(folder / f"{paper}.json", (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode())
     return folder / f"{paper}.json"
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+def _kills(paper: str, vectors: list[Vector]) -> list[list[str]]:
+    """For each vector the mistakes that give another value; only those that its function can reach are tried."""
+    reaches = reach(ast.parse(inspect.getsource(load(f"loracle.reference.{paper}", paper=paper).namespace)))
+    killed: list[list[str]] = [[] for _ in vectors]
+    for mistake in mistakes_of(paper):
+        if not mistake.harmless:
+            impl = load(wrong(mistake), paper=paper)
+            for vector, names in zip(vectors, killed, strict=True):
+                if reaches[vector.function] & mistake.functions.keys() and _is_off(vector, impl):
+                    names.append(mistake.name)
+    return killed

@@ -108,9 +108,12 @@ def factor_scale(
     step's own rank-2r part) or "weightS" (mean of sqrt(sigma_i(W0) / s) over the top `rank`; needs `W0`).
 
     Raises:
-        ValueError: `scaling` or `gamma` is not positive and finite, the scale is unknown, or "weightS" lacks a usable `W0`.
+        ValueError: `scaling` or `gamma` is not positive and finite, `rank` is below 1, the scale is unknown, `W0` is no
+            floating-point matrix, or "weightS" lacks a finite one that is not zero.
     """
     check_choice("scale", scale, SCALES)
+    _check_rank(rank, None)
+    check_shapes(W0=(W0, "out in"))
     for name, value in (("scaling", scaling), ("gamma", gamma)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} is {value!r}; needed a positive finite number")
@@ -123,7 +126,6 @@ def factor_scale(
         return math.sqrt(math.sqrt(out_features) / gamma)
     if W0 is None:
         raise ValueError('scale is "weightS", which reads the singular values of W0; pass W0, or use "stable"')
-    check_shapes(W0=(W0, "out in"))
     check_finite(W0=W0)
     c = float((torch.linalg.svdvals(_working(W0))[:rank] / scaling).sqrt().mean())
     if c == 0:
@@ -177,9 +179,9 @@ def init(
     with a `sketch` (see `draw_sketch`) randomised with `niter` iterations. B A is not zero: `base_weight` goes with it.
 
     Raises:
-        ValueError: 2 `rank` exceeds min(out, in), G is zero or not finite, or an option is unusable.
+        ValueError: 2 `rank` exceeds min(out, in), G is zero or not finite, shapes or dtypes do not fit, or an option is unusable.
     """
-    check_shapes(G=(G, "out in"), W0=(W0, "out in"))
+    check_shapes(G=(G, "out in"), W0=(W0, "out in"), sketch=(sketch, "small q"))
     _check_rank(rank, G)
     _check_gradient(G)
     c = factor_scale(scaling, out_features=G.shape[0], rank=rank, gamma=gamma, scale=scale, W0=W0)
@@ -189,7 +191,7 @@ def init(
     # Algorithm 1: U, S, V <- SVD(G); the singular values are not used, so the size of G does not matter
     U, Vh = _singular_vectors(_working(G), sketch, rank, niter)
     # Theorem 3.1: A = sqrt(zeta) / s V_IA^T and B = sqrt(zeta) / s U_IB, with sqrt(zeta) / s = c
-    return Factors(A=(c * Vh[for_A]).to(G.dtype).contiguous(), B=(c * U[:, for_B]).to(G.dtype).contiguous())
+    return Factors(A=(c * Vh[for_A]).to(G.dtype), B=(c * U[:, for_B]).to(G.dtype))
 
 
 def _singular_vectors(G: Tensor, sketch: Tensor | None, rank: int, niter: int) -> tuple[Tensor, Tensor]:
@@ -201,7 +203,7 @@ def _singular_vectors(G: Tensor, sketch: Tensor | None, rank: int, niter: int) -
         U, _, Vh = torch.linalg.svd(G, full_matrices=False)
         return U, Vh
     small = min(G.shape)
-    if sketch.ndim != 2 or sketch.shape[0] != small or not 2 * rank <= sketch.shape[1] <= small or niter < 0:
+    if sketch.shape[0] != small or not 2 * rank <= sketch.shape[1] <= small or niter < 0:
         raise ValueError(
             f"sketch has shape {tuple(sketch.shape)} and niter is {niter}; needed ({small}, q) with q from {2 * rank} to {small}, "
             "and niter of at least 0: use draw_sketch"
@@ -260,6 +262,7 @@ def estimate_gradient(
     Raises:
         ValueError: there is no batch, or a gradient has another shape or dtype than `W0`.
     """
+    check_shapes(W0=(W0, "out in"))
     total, count = torch.zeros_like(_working(W0)), 0
     for batch in batches:
         gradient = grad(W0, batch)
@@ -311,7 +314,7 @@ def _working(tensor: Tensor) -> Tensor:
 def _largest(tensor: Tensor) -> float:
     """Largest absolute entry, NaN if any is, in one pass: `isfinite` of every entry would take a tenth of `init`."""
     low, high = torch.aminmax(tensor)
-    return max(-low.item(), high.item())
+    return max(-low, high).item()
 
 
 def _check_rank(rank: int, G: Tensor | None) -> None:
@@ -329,8 +332,9 @@ def _check_gradient(G: Tensor) -> None:
     """Check that G is finite and not zero."""
     largest = _largest(G)
     if not math.isfinite(largest):
-        bad = int((~G.isfinite()).sum())
-        raise ValueError(f"G has {bad} entries that are NaN or infinite, of {G.numel()}; leave out the batches that give them")
+        raise ValueError(
+            f"G has {int((~G.isfinite()).sum())} entries that are NaN or infinite, of {G.numel()}; leave out the batches that give them"
+        )
     if largest == 0:
         raise ValueError("G is zero and has no directions; check that the loss depends on this layer, or use plain LoRA for it")
 

@@ -3,7 +3,9 @@
 import ast
 import base64
 import importlib
+import importlib.resources
 import inspect
+import json
 import pkgutil
 import tempfile
 import textwrap
@@ -43,9 +45,18 @@ def show(function: Callable[..., Any]) -> None:
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
     """Print a Markdown table."""
+    print(f"\n{_markdown(head, rows)}\n")
+
+
+def folded(title: str, head: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """Print a table that opens when its title is clicked."""
+    print(f'\n??? note "{title}"\n\n{textwrap.indent(_markdown(head, rows), "    ")}\n')
+
+
+def _markdown(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     lines = [list(head), *([str(cell).replace("|", r"\|") for cell in row] for row in rows)]
     lines.insert(1, ["---"] * len(lines[0]))
-    print("\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def papers() -> list[Any]:
@@ -71,28 +82,53 @@ def header(paper: Any) -> None:
         )
 
 
+def strength(slug: str) -> dict[str, Any]:
+    """The published strength of the oracle on a paper, or an empty dict."""
+    return _published_json("strength", slug)
+
+
+def conformance() -> list[dict[str, Any]]:
+    """The published outcomes of all real libraries."""
+    folder = importlib.resources.files("loracle.oracle_tests") / "adapters"
+    names = sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".json"))
+    return [_published_json("adapters", name) for name in names]
+
+
+def _published_json(room: str, name: str) -> dict[str, Any]:
+    path = importlib.resources.files("loracle.oracle_tests") / room / f"{name}.json"
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+
+
 def laws(slug: str) -> None:
-    """Print the laws with the mistakes that each kills, then what is checked but is no law."""
+    """Print the laws, the mistakes that they notice, then what is checked but is no law."""
     from loracle.oracle_tests.law import laws_of
     from loracle.oracle_tests.mistakes import mistakes_of
 
-    mistakes = mistakes_of(slug)
+    measured = strength(slug).get("mistakes", {})
+    stated = [law for law in laws_of(slug) if not law.is_theorem]
     rows = []
-    for law in laws_of(slug):
-        if not law.is_theorem:
-            formula = law.formula.replace(r"\|", r"\Vert ").replace("|", r"\vert ")
-            kills = [
-                mistake.name.replace("_", " ")
-                for mistake in mistakes
-                if law.id in mistake.breaks
-            ]
-            rows.append([f"`{law.id}`", f"{law.says}<br>${formula}$", ", ".join(kills)])
-    table(["Law", "Statement", "Mistakes that break it"], rows)
-    print(f"{len(rows)} laws and {sum(not mistake.harmless for mistake in mistakes)} mistakes.")
+    for law in stated:
+        formula = law.formula.replace(r"\|", r"\Vert ").replace("|", r"\vert ")
+        kills = sum(law.id in row["killed_by"] for row in measured.values())
+        rows.append([f"`{law.id}`", f"{law.says}<br>${formula}$", kills if measured else "-"])
+    table(["Law", "Statement", "Mistakes it notices"], rows)
+    mistakes = [mistake for mistake in mistakes_of(slug) if not mistake.harmless]
+    print(f"{len(stated)} laws, {len(mistakes)} mistakes.")
+    if measured:
+        wrong = [
+            [mistake.says, ", ".join(f"`{law}`" for law in row["killed_by"])]
+            for mistake in mistakes
+            if (row := measured.get(mistake.name))
+        ]
+        folded("The mistakes, and the laws that notice each", ["Mistake", "Laws"], wrong)
+    else:
+        print("Which law notices which has not been measured yet.")
     if theorems := [law.says for law in laws_of(slug) if law.is_theorem]:
         print("\nTrue of the mathematics, so not counted:\n\n- " + "\n- ".join(theorems))
     if harmless := [
-        f"{mistake.says} {mistake.harmless}" for mistake in mistakes if mistake.harmless
+        f"{mistake.says} {mistake.harmless}"
+        for mistake in mistakes_of(slug)
+        if mistake.harmless
     ]:
         print("\nLooks like a mistake and is none:\n\n- " + "\n- ".join(harmless))
 

@@ -31,18 +31,18 @@ def build(linear: nn.Linear, *, rank: int, alpha: float, rslora: bool = False, d
     """PEFT's LoRA layer around `linear`."""
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT declares int and divides; the oracle's scalings need a fraction
+        lora_alpha=alpha,  # PEFT declares int and divides; the oracle's scalings need a fraction
         target_modules=["linear"],
         use_rslora=rslora,
         init_lora_weights="gaussian" if distribution == "gaussian" else True,
     )
     # autocast_adapter_dtype would keep half-precision factors in float32
-    model = get_peft_model(OneLayer(linear), config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
-    return model.base_model.model.linear  # type: ignore[no-any-return,union-attr]
+    model = get_peft_model(OneLayer(linear), config, autocast_adapter_dtype=False)
+    return model.base_model.model.linear
 
 
 def _set_dropout(layer: nn.Module, replacement: nn.Module) -> None:
-    layer.lora_dropout[NAME] = replacement  # type: ignore[index]
+    layer.lora_dropout[NAME] = replacement
 
 
 _functions = from_module(
@@ -50,7 +50,7 @@ _functions = from_module(
     A=A,
     B=B,
     weight="base_layer.weight",
-    scaling=lambda layer: layer.scaling[NAME],  # type: ignore[index]
+    scaling=lambda layer: layer.scaling[NAME],
     set_dropout=_set_dropout,
 )
 scaling_factor, init, forward, backward = _functions.scaling_factor, _functions.init, _functions.forward, _functions.backward
@@ -71,4 +71,4 @@ def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
         layer = build(linear(B @ A), rank=len(A), alpha=scaling * len(A))
     layer.get_parameter(f"lora_A.{NAME}.weight").data.copy_(A)
     layer.get_parameter(f"lora_B.{NAME}.weight").data.copy_(B)
-    return layer.get_delta_weight(NAME).detach()  # type: ignore[operator,no-any-return]
+    return layer.get_delta_weight(NAME).detach()

@@ -18,7 +18,23 @@ from torch import Tensor, nn
 from ..loading import MissingFunction
 from . import peft_lora
 
+PAPER, LIBRARY = "lora_ga", "peft"
 LORACLE = {"dtype": "float32"}
+_LENGTHS = "the columns of B are multiplied by their singular values and carry the scale alone, the rows of A have length 1"
+DEVIATIONS = {
+    "lora_ga.L2a": f"{_LENGTHS}, so neither has the length c",
+    "lora_ga.L2d": f"{_LENGTHS}; gamma is 16 by default, as it should be",
+    "lora_ga.L3a": f"{_LENGTHS}: the first step is no multiple of the gradient's best approximation of rank 2r",
+    "lora_ga.L4": f"{_LENGTHS}, so the first step misses more of the gradient than it has to",
+    "lora_ga.L5a": f"{_LENGTHS}; the directions themselves are those that the names say",
+    "lora_ga.L5b": "the random direction draws one set of triplets and uses it for both factors, so that r of the 2r are covered",
+    "lora_ga.L7a": f"{_LENGTHS}: the size of the adapter's output depends on the gradient, the width and the rank",
+    "lora_ga.L7b": f"{_LENGTHS}: so does the size of what goes back",
+    "lora_ga.L8a": f"{_LENGTHS}: a whole step departs with its first order",
+    "lora_ga.L9": f"{_LENGTHS}: the first gradient of A shows the squares of singular values",
+    "lora_ga.L10": "B grows with the gradient: a loss summed over a batch instead of averaged gives another start",
+    "lora_ga.L12": "even under the scale 'gd' the singular values in B keep the first step from being that of full fine-tuning",
+}
 SCALES = {"stable": "stable", "unit": "unit", "gd": "gd_scale"}  # PEFT's "weight_svd" is another formula than "weightS"
 
 _last_start: dict[str, Any] = {}  # arguments and factors of the latest `init`
@@ -28,7 +44,7 @@ def _layer(W0: Tensor, backward: Callable[[nn.Module], None], *, rank: int, scal
     """PEFT's LoRA-GA layer on W0, after the gradients that `backward` accumulates in one or more backward passes."""
     config = LoraConfig(
         r=rank,
-        lora_alpha=scaling * rank,  # type: ignore[arg-type]  # PEFT declares int and divides; the oracle's scalings need a fraction
+        lora_alpha=scaling * rank,  # PEFT declares int and divides; the oracle's scalings need a fraction
         target_modules=["linear"],
         init_lora_weights="lora_ga",
         lora_ga_config=LoraGAConfig(**ga),
@@ -37,7 +53,7 @@ def _layer(W0: Tensor, backward: Callable[[nn.Module], None], *, rank: int, scal
         torch.manual_seed(seed)
         model = peft_lora.OneLayer(peft_lora.linear(W0))
         preprocess_loraga(model, config, lambda: backward(model.linear))
-        return get_peft_model(model, config, autocast_adapter_dtype=False).base_model.model.linear  # type: ignore[no-any-return,union-attr,arg-type]
+        return get_peft_model(model, config, autocast_adapter_dtype=False).base_model.model.linear
 
 
 def _show_gradient(linear: nn.Module, G: Tensor) -> None:
@@ -98,4 +114,4 @@ def estimate_gradient(grad: Callable[[Tensor, Any], Tensor], W0: Tensor, batches
             _show_gradient(model.linear, grad(W0, batch))
 
     preprocess_loraga(model, config, train_step)
-    return model.linear._peft_loraga_grad  # type: ignore[return-value]
+    return model.linear._peft_loraga_grad

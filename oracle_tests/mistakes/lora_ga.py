@@ -160,6 +160,23 @@ def scale_and_values_on_B(G, scaling, *, rank, **options):
     return Factors(A / A.norm(dim=1, keepdim=True), B)
 
 
+@mistake(
+    "B is multiplied by its singular values and alone carries the scale, and the random direction uses one set of triplets for both "
+    "factors (PEFT 0.21.2).",
+    replaces="init",
+    breaks=("lora_ga.L2a", "lora_ga.L3a", "lora_ga.L4", "lora_ga.L5b", "lora_ga.L7a", "lora_ga.L10"),
+)
+def start_of_peft(G, scaling, *, rank, direction="ArB2r", scale="stable", generator=None, **options):
+    U, values, Vh = torch.linalg.svd(G, full_matrices=False)
+    named = "ArB2r" if direction == "random" else direction
+    for_A, for_B = right.index_sets(rank=rank, direction=named)
+    if direction == "random":
+        for_A = for_B = torch.randperm(2 * rank, generator=generator)[:rank]
+    c = right.init(G, scaling, rank=rank, scale=scale, **options).A[0].norm()
+    A = Vh[for_A] * (c if scale == "gd" else 1)
+    return Factors(A, c * U[:, for_B] * values[for_B])
+
+
 @mistake("The scale is put on B alone, A keeps rows of length 1.", replaces="init", breaks=("lora_ga.L2a", "lora_ga.L3a", "lora_ga.L7a"))
 def scale_on_B_only(G, scaling, *, rank, **options):
     A, B = right.init(G, scaling, rank=rank, **options)

@@ -36,7 +36,7 @@ class Promise:
     def check(self, module: Any) -> None:
         """Hold a module (the reference, or a mutant of it) to the promise, with the global generator seeded."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             self.body(module)
 
 
@@ -96,6 +96,15 @@ def refuses(function: Callable[..., Any], name: str, *args: Any, **arguments: An
     else:
         raise AssertionError(f"accepts a wrong {name}")
     assert re.search(rf"\b{re.escape(name)}\b", message), f"the message does not name {name}: {message}"
+
+
+def follows_the_global_generator(draw: Callable[[], Tensor]) -> bool:
+    """Whether a draw is repeated by the same seed of torch's own generator, and changed by another."""
+    draws = []
+    for seed in (1, 1, 2):
+        torch.default_generator.manual_seed(seed)
+        draws.append(draw())
+    return torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
 def _refusal(function: str, parameter: str, fault: str, arguments: dict[str, Any]) -> Promise:

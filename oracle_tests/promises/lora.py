@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from loracle.oracle_tests.objects import from_module
-from loracle.oracle_tests.promises import promise, refuses
+from loracle.oracle_tests.promises import follows_the_global_generator, promise, refuses
 
 # The set-up functions that read values, and of which arguments
 FINITE = {"init": ("W0",), "merge": ("W0", "A", "B"), "unmerge": ("W", "A", "B")}
@@ -32,23 +32,14 @@ def _layer(module, **options):
 # Draws and defaults
 
 
-def _repeats(draw):
-    """Whether a draw follows the global generator: the same after the same seed, another after another."""
-    draws = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        draws.append(draw())
-    return torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
-
-
 @promise("Without a generator the start is drawn from torch's own.", of="init")
 def start_from_the_global_generator(module):
-    assert _repeats(lambda: module.init(torch.ones(5, 6), rank=2).A)
+    assert follows_the_global_generator(lambda: module.init(torch.ones(5, 6), rank=2).A)
 
 
 @promise("Without a generator a mask is drawn from torch's own.", of="draw_mask")
 def mask_from_the_global_generator(module):
-    assert _repeats(lambda: module.draw_mask(torch.ones(5, 6), p=0.5))
+    assert follows_the_global_generator(lambda: module.draw_mask(torch.ones(5, 6), p=0.5))
 
 
 @promise("A mask lies on the device of the input.", of="draw_mask")

@@ -6,21 +6,23 @@ against the promises, that can reach the mutated function, until one fails. Scor
 """
 
 import ast
+import contextlib
 import functools
 import importlib
 import json
-import os
 import time
 import tomllib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..arrays import one_thread
 from ..contract import UsageError, check_paper
+from ..files import write_atomically
 from ..law import Law, laws_of
 from ..loading import Implementation
 from ..mistakes import mistakes_of, wrong
@@ -57,6 +59,7 @@ class Probe:
     reaches: frozenset[str]
     rank: tuple[int, ...]
     run: Callable[[Subject], BaseException | None]
+    is_law: bool = True
 
     def fails(self, subject: Subject) -> str:
         """Why the subject fails it, or nothing."""
@@ -72,10 +75,11 @@ class Probe:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a mutant: the probe that killed it, or nothing."""
+    """What became of a mutant: the probe that killed it, or nothing, and whether that is a law."""
 
     mutant: Mutant
     killer: str
+    by_law: bool = False
 
 
 @dataclass
@@ -90,6 +94,11 @@ class Strength:
     @property
     def killed(self) -> int:
         return sum(bool(o.killer) for o in self.outcomes)
+
+    @property
+    def killed_by_laws(self) -> int:
+        """Those that a law kills; a promise is asked only where no law does."""
+        return sum(o.by_law for o in self.outcomes)
 
     @property
     def score(self) -> float:
@@ -129,8 +138,8 @@ def probes_of(paper: str, laws: Iterable[Law] | None = None, promises: Iterable[
     chosen = [law for law in (laws_of(paper) if laws is None else laws) if not law.is_theorem]
     probes = [probe for law in chosen for probe in _law_probes(law, subject, calls)]
     for i, one in enumerate(promises_of(paper) if promises is None else promises):
-        probes.append(Probe(one.says, _reached(one.of, calls), (1, 0, i), lambda s, one=one: one.check(s.module)))  # type: ignore[misc]
-    with _silent():
+        probes.append(Probe(one.says, _reached(one.of, calls), (1, 0, i), lambda s, one=one: one.check(s.module), False))  # type: ignore[misc]
+    with _quiet():
         for probe in probes:
             if reason := probe.fails(subject):
                 raise UsageError(f"the reference itself fails {probe.name}: {reason}")
@@ -163,12 +172,12 @@ def _parse(module: ModuleType) -> ast.Module:
     return ast.parse(Path(str(module.__file__)).read_text())
 
 
-class _silent(warnings.catch_warnings):
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """Mutants provoke warnings that say nothing to the reader."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
+    with one_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        yield
 
 
 # The run
@@ -191,12 +200,13 @@ def measure(paper: str, *, probes: list[Probe] | None = None, on_mutant: Callabl
     mutants = mutants_of(tree)
     result, started = Strength(paper, reasons=read_reasons(paper)), time.process_time()
     kills: Counter[tuple[str, str]] = Counter()
-    with _silent():
+    law_names = {probe.name for probe in probes if probe.is_law}
+    with _quiet():
         for mutant in mutants:
             with mutant.applied():
                 killer = _killer(mutant, tree, reference, paper, probes, kills)
             kills[mutant.unit, killer] += 1
-            result.outcomes.append(Outcome(mutant, killer))
+            result.outcomes.append(Outcome(mutant, killer, killer in law_names))
             if on_mutant:
                 on_mutant(len(result.outcomes), len(mutants))
     result.seconds = time.process_time() - started
@@ -206,13 +216,13 @@ def measure(paper: str, *, probes: list[Probe] | None = None, on_mutant: Callabl
 def _killer(
     mutant: Mutant, tree: ast.Module, reference: ModuleType, paper: str, probes: list[Probe], kills: Counter[tuple[str, str]]
 ) -> str:
-    """The name of the first probe that fails; those that have killed mutants of the same function are asked first."""
+    """The name of the first probe that fails: laws before promises, and first those that killed mutants of the same function."""
     try:
         subject = Subject(_execute(tree, reference), paper)
     except Exception:
         return "import"
     reaching = [p for p in probes if mutant.unit in p.reaches or not mutant.unit]
-    for probe in sorted(reaching, key=lambda p: -kills[mutant.unit, p.name]):
+    for probe in sorted(reaching, key=lambda p: (not p.is_law, -kills[mutant.unit, p.name])):
         if probe.fails(subject):
             return probe.name
     return ""
@@ -254,7 +264,7 @@ def law_by_mistake(paper: str, *, cases: int = CASES, on_mistake: Callable[[int,
     stored = {law.id: collect_cases(law, min(cases, law.examples or cases)) for law in laws}
     needed = {law.id: _reached([need.partition(".")[0] for need in law.needs], calls) for law in laws}
     table: dict[str, dict[str, bool]] = {}
-    with _silent():
+    with _quiet():
         for mistake in mistakes_of(paper):
             impl = Implementation(wrong(mistake), paper=paper, name=mistake.name)
             reaching = [law for law in laws if needed[law.id] & mistake.functions.keys()]
@@ -285,6 +295,7 @@ def as_record(strength: Strength, mistakes: dict[str, dict[str, bool]]) -> dict[
         "paper": strength.paper,
         "mutants": len(strength.outcomes),
         "killed": strength.killed,
+        "killed_by_laws": strength.killed_by_laws,
         "score": round(strength.score, 4),
         "operators": {name: {"mutants": operators[name], "killed": dead[name]} for name in sorted(operators)},
         "first_kills": dict(sorted(Counter(o.killer for o in strength.outcomes if o.killer).items())),
@@ -298,8 +309,4 @@ def as_record(strength: Strength, mistakes: dict[str, dict[str, bool]]) -> dict[
 
 def publish(record: dict[str, Any], folder: Path = HERE) -> Path:
     """Write the record beside the reasons, whole or not at all."""
-    path = folder / f"{record['paper']}.json"
-    draft = path.with_suffix(".json.part")
-    draft.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    os.replace(draft, path)
-    return path
+    return write_atomically(folder / f"{record['paper']}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
