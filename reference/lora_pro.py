@@ -261,8 +261,7 @@ def step(
     grad_A_, grad_B_, A_, B_ = _checked(grad_A, grad_B, A, B, X)
     left, right = _grams(A_, B_)
     # Any X gives the same equivalent gradient; X = 0 is the cheapest
-    best = _adjusted(grad_A_, grad_B_, A_, B_, left, right, scaling, "zero", delta)
-    g = equivalent_gradient(*best, A_, B_, scaling)
+    g = equivalent_gradient(*_adjusted(grad_A_, grad_B_, A_, B_, left, right, scaling, "zero", delta), A_, B_, scaling)
     direction, new_moment1, new_moment2 = _adam(g, moment1, moment2, t, beta1, beta2, adam_eps)
     # Adam's direction is of full rank: back to the factors, as if it were the gradient of the weight
     final = _adjusted(*gradients(direction, A_, B_, scaling), A_, B_, left, right, scaling, X, delta)
@@ -355,7 +354,8 @@ class LoRAProAdamW(torch.optim.Optimizer):
         check_choice("X", X, CHOICES)
         defaults = {"lr": lr, "beta1": beta1, "beta2": beta2, "adam_eps": adam_eps, "weight_decay": weight_decay}
         for name, value in {**defaults, "delta": delta}.items():
-            if not 0 <= value < (end := 1.0 if name.startswith("beta") else math.inf):
+            end = 1.0 if name.startswith("beta") else math.inf
+            if not 0 <= value < end:
                 raise ValueError(f"{name} is {value!r}; needed a number of at least 0 and below {end:g}")
         for layer in self.layers:
             _check_rank(layer.A.detach(), layer.B.detach())
