@@ -358,7 +358,7 @@ class LoRAProAdamW(torch.optim.Optimizer):
             if not 0 <= value < end:
                 raise ValueError(f"{name} is {value!r}; needed a number of at least 0 and below {end:g}")
         for layer in self.layers:
-            _check_rank(layer.A.detach(), layer.B.detach())
+            _check_rank(layer.A, layer.B)
         self.varied = tuple(defaults)  # what a group may have of its own; torch adds to `defaults`
         super().__init__([{"params": [layer.A, layer.B]} for layer in self.layers], defaults)
 
@@ -366,10 +366,10 @@ class LoRAProAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Move every layer whose factors both have a gradient; returns what `closure` does, which is called first if given."""
         with torch.enable_grad():
-            loss = closure() if closure else None
+            loss = None if closure is None else closure()
         for layer, group in zip(self.layers, self.param_groups, strict=True):
             if layer.A.grad is not None and layer.B.grad is not None:
-                self._move(layer, {name: group[name] for name in self.varied} | {"X": self.X, "delta": self.delta})
+                self._move(layer, {"X": self.X, "delta": self.delta, **{name: group[name] for name in self.varied}})
         return loss
 
     def _move(self, layer: LoRALinear, options: dict[str, Any]) -> None:

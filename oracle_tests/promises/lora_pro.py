@@ -116,7 +116,7 @@ def rounding_is_not_inverted(module):
 # Errors
 
 
-@promise("An unknown name of X is refused.", of=("optimal_gradients", "sgd_step", "step", "step_efficient", "CHOICES"))
+@promise("An unknown name of X is refused.", of=("optimal_gradients", "sgd_step", "step", "step_efficient", "CHOICES", "LoRAProAdamW"))
 def unknown_X(module):
     layer = _layer()
     W0, A, B = _weights(layer)
@@ -156,6 +156,7 @@ def unusable_factors(module):
                 factor = layer.A if name == "A" else layer.B.mT
                 factor[1] = 2 * factor[0]
             refuses(lambda layer=layer: module.LoRAProAdamW([layer]), name)
+            refuses(lambda layer=layer: module.LoRAProAdamW([layer]), "has rank 1; needed 2")
     zero = _layer()
     with torch.no_grad():
         zero.A.zero_()
@@ -163,7 +164,60 @@ def unusable_factors(module):
     module.LoRAProAdamW([_layer(torch.zeros(4, 2, dtype=torch.float64))])
 
 
+@promise("W0 and moments that agree with each other, but not with the factors, are refused.", of=("step", "step_efficient"))
+def sizes_of_the_state(module):
+    layer = _layer()
+    W0, A, B = _weights(layer)
+    given = {"grad_A": layer.A.grad, "grad_B": layer.B.grad, "A": A, "B": B, "scaling": 1.5, "t": 1, "lr": 0.1}
+    for wrong in (torch.randn(4, 6, dtype=A.dtype), torch.randn(5, 5, dtype=A.dtype)):
+        refuses(module.step, "W0", W0=wrong, moment1=wrong, moment2=wrong, **given)
+    for name in ("A", "B"):
+        moments = module.init_state_efficient(A, B)._asdict()
+        for number in (1, 2):
+            moments[f"moment{number}_{name}"] = torch.zeros(5, 5, dtype=A.dtype)
+        refuses(module.step_efficient, f"moment1_{name}", **given, **moments)
+
+
+@promise(
+    "In half precision everything is computed in float32 and rounded once.", of=("step", "step_efficient", "optimal_gradients", "sgd_step")
+)
+def half_precision_is_rounded_once(module):
+    layer = _layer(dtype=torch.bfloat16)
+    W0, A, B = _weights(layer)
+    grads, numbers = {"grad_A": layer.A.grad, "grad_B": layer.B.grad}, {"scaling": 1.5}
+    moments = {"moment1": torch.randn(4, 5).bfloat16(), "moment2": torch.rand(4, 5).bfloat16()}
+    more = {"t": 3, "lr": 0.1, "weight_decay": 0.5, "beta1": 0.7, "beta2": 0.7}
+    efficient = {f"{name}_{f}": torch.rand(w.shape).bfloat16() for name in moments for f, w in (("A", A), ("B", B))}
+    for function, tensors, options in (
+        (module.step, {"W0": W0, **moments}, more),
+        (module.step_efficient, efficient, more),
+        (module.optimal_gradients, {}, {}),
+    ):
+        given = {**grads, "A": A, "B": B, **tensors}
+        got = function(**given, **numbers, **options)
+        precise = function(**{name: value.float() for name, value in given.items()}, **numbers, **options)
+        # W0 is only shrunk, by one number, in its own precision
+        for name, one, other in zip(got._fields, got, precise, strict=True):
+            assert name == "W0" or torch.equal(one, other.bfloat16()), name
+
+
 # The optimizer
+
+
+@promise("The layers may come from a generator, and a group added without its layer is an error.", of="LoRAProAdamW")
+def layers_from_a_generator(module):
+    layers = [_layer(), _layer()]
+    before = [_weights(layer)[2] for layer in layers]
+    optimizer = module.LoRAProAdamW(layer for layer in layers)
+    optimizer.step()
+    optimizer.step()
+    assert not any(torch.equal(layer.B, old) for layer, old in zip(layers, before, strict=True))
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    try:
+        optimizer.step()
+    except ValueError:
+        return
+    raise AssertionError("steps a group that has no layer")
 
 
 @promise("The optimizer calls the closure with gradients on, before it steps, and returns its value.", of="LoRAProAdamW")

@@ -100,6 +100,7 @@ CLAIMS = (
         "sgd.lora_pro.of_lora",
         "<=",
         2 / 3,
+        expected=False,  # foreseen from three seeds with 0.50 to 0.63; five others spread wider
     ),
     Claim(
         "lora_pro.T6",
