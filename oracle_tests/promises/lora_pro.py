@@ -167,7 +167,7 @@ def unusable_factors(module):
 @promise("W0 and moments that agree with each other, but not with the factors, are refused.", of=("step", "step_efficient"))
 def sizes_of_the_state(module):
     layer = _layer()
-    W0, A, B = _weights(layer)
+    _, A, B = _weights(layer)
     given = {"grad_A": layer.A.grad, "grad_B": layer.B.grad, "A": A, "B": B, "scaling": 1.5, "t": 1, "lr": 0.1}
     for wrong in (torch.randn(4, 6, dtype=A.dtype), torch.randn(5, 5, dtype=A.dtype)):
         refuses(module.step, "W0", W0=wrong, moment1=wrong, moment2=wrong, **given)
