@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """The laws of LoRA-Pro. Expected values are NumPy float64; none comes from an implementation under test.
 
 The roads: least squares over all pairs at once, projectors from singular vectors, pseudo-inverses, and the Sylvester equation as

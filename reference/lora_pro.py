@@ -123,7 +123,7 @@ def equivalent_gradient(grad_A: RankIn, grad_B: OutRank, A: RankIn, B: OutRank, 
     """The direction (out, in) in which W0 + s B A moves, to first order, when A and B move along `grad_A` and `grad_B` (section 3.1)."""
     check_shapes(grad_A=(grad_A, "rank in"), grad_B=(grad_B, "out rank"), A=(A, "rank in"), B=(B, "out rank"))
     # s B g^A + s g^B A, as one product through 2 rank
-    return torch.cat([B, grad_B], dim=-1) @ (scaling * torch.cat([grad_A, A], dim=-2))
+    return torch.hstack([B, grad_B]) @ (scaling * torch.vstack([grad_A, A]))
 
 
 def sylvester_X(grad_A: RankIn, A: RankIn, B: OutRank, scaling: float, *, delta: float = 0.0) -> RankRank:
@@ -142,9 +142,9 @@ def _sylvester(grad_A: Tensor, A: Tensor, left: _Gram, right: _Gram, scaling: fl
     C = -(left.inverse(delta) @ (grad_A @ A.mT)) / scaling**2
     # In the eigenvectors of the two Gram matrices the equation is one division per entry
     sums = left.values[..., :, None] + right.values[..., None, :]
-    kept = sums > _cutoff(sums.flatten(-2))[..., None]
-    rotated = left.vectors.mT @ C @ right.vectors
-    return left.vectors @ (kept * rotated / torch.where(kept, sums, 1.0)) @ right.vectors.mT
+    # Where it would be by zero the right side is zero too, and so is the smallest solution
+    sums = torch.where(sums > _cutoff(sums.flatten(-2))[..., None], sums, 1.0)
+    return left.vectors @ (left.vectors.mT @ C @ right.vectors / sums) @ right.vectors.mT
 
 
 def symmetric_X(grad_B: OutRank, A: RankIn, B: OutRank, scaling: float, *, delta: float = 0.0) -> RankRank:
@@ -402,7 +402,7 @@ def _check_rank(A: Tensor, B: Tensor) -> None:
     """Check that A has full row rank, and B full column rank unless it is zero. Reads values: for set-up only."""
     check_finite(A=A, B=B)
     for name, factor in (("A", A), ("B", B)):
-        found = int(torch.linalg.matrix_rank(_working(factor)))
+        found = torch.linalg.matrix_rank(_working(factor))
         if found < len(A) and (name == "A" or found > 0):
             raise ValueError(
                 f"{name} {tuple(factor.shape)} has rank {found}; needed {len(A)}, else some of its directions are never trained: "

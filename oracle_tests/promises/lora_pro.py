@@ -113,6 +113,27 @@ def rounding_is_not_inverted(module):
     assert torch.linalg.matrix_rank(module.projected_gradient(torch.randn(40, 5), torch.zeros(2, 5), B), rtol=1e-4) == 2
 
 
+@promise(
+    "A direction counts if its share of the Gram matrix is above ten times the rank times eps of the largest.", of="projected_gradient"
+)
+def cutoff_of_the_pseudo_inverse(module):
+    G = torch.randn(3, 4, dtype=torch.float64)
+    for scale in (1.0, 2.0):
+        for share, seen in ((19.0, 1), (21.0, 2)):
+            B = scale * torch.tensor([[1.0, 0.0], [0.0, math.sqrt(share * 2.0**-52)], [0.0, 0.0]], dtype=torch.float64)
+            got = module.projected_gradient(G, torch.zeros(2, 4, dtype=torch.float64), B)
+            assert torch.allclose(got[:seen], G[:seen])
+            assert not got[seen:].any()
+
+
+@promise("Factors that are both zero have a zero pair, with every X.", of=("optimal_gradients", "sylvester_X"))
+def both_factors_zero(module):
+    A, B = torch.zeros(2, 4), torch.zeros(3, 2)
+    for X in ("sylvester", "zero", "symmetry"):
+        assert not any(grad.any() for grad in module.optimal_gradients(A, B, A, B, 2.0, X=X))
+    assert not module.sylvester_X(A, A, B, 2.0).any()
+
+
 # Errors
 
 

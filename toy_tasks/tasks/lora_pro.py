@@ -191,10 +191,8 @@ class _Layers:
         )
         weights = [layer.weight.detach() for layer in self.problem.layers]
         drawn = [lora.init(W0, rank=config.rank, generator=g) for W0, g in zip(weights, trial.generators(stream=1), strict=True)]
-        self.start: Weights = (
-            torch.stack(weights).to(trial.device),
-            *(torch.stack(factors).to(trial.device) for factors in zip(*drawn, strict=True)),
-        )
+        A, B = (torch.stack(factors).to(trial.device) for factors in zip(*drawn, strict=True))
+        self.start: Weights = (torch.stack(weights).to(trial.device), A, B)
 
     def weight(self, W0: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """The effective weight of every seed."""
@@ -257,8 +255,8 @@ def _lora_pro(layers: _Layers, optimizer: str, lr: float, X: str = "sylvester") 
             if optimizer == "sgd":
                 return W0, *lora_pro.sgd_step(*plain, A, B, s, lr=lr, X=X), *state
             if optimizer == "efficient":
-                return W0, *lora_pro.step_efficient(*plain, A, B, s, *state, t=t, lr=lr, X=X)  # type: ignore[arg-type]
-            return tuple(lora_pro.step(*plain, W0, A, B, s, *state, t=t, lr=lr, X=X))  # type: ignore[arg-type]
+                return W0, *lora_pro.step_efficient(*plain, A, B, s, *state, t=t, lr=lr, X=X)
+            return tuple(lora_pro.step(*plain, W0, A, B, s, *state, t=t, lr=lr, X=X))
 
         W0, A, B, *state = torch.vmap(step)(G, *weights, *states[0])
         states[0] = tuple(state)
@@ -356,7 +354,8 @@ def run_start(config: Config, trial: Trial) -> Measurements:
 
 def _size(matrices: Tensor) -> Tensor:
     """Frobenius norm of each matrix."""
-    return matrices.flatten(1).norm(dim=1)
+    size: Tensor = matrices.flatten(1).norm(dim=1)
+    return size
 
 
 PARTS = (
