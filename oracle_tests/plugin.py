@@ -105,7 +105,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     law = getattr(metafunc.function, "law", None)
     if law is not None and "impl" in metafunc.fixturenames:
         spec = _load_settings(metafunc.config).implementations.get(law.paper, f"loracle.reference.{law.paper}")
-        metafunc.parametrize("impl", [(law.paper, spec)], ids=[spec], indirect=True, scope="session")
+        metafunc.parametrize("impl", [(law.paper, spec)], ids=[f"{law.id}-{spec}"], indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")

@@ -70,16 +70,16 @@ delta_weight_from_forward = Derivation("delta_weight", needs=("forward",), compu
 @law(
     "lora.L1a",
     says="With the factors of the start the adapted layer is the frozen layer.",
-    formula=r"B = 0 \;\Rightarrow\; y = x W_0^\top + b",
-    needs=("init", "forward.bias"),
+    formula=r"B = 0 \;\Rightarrow\; y = x W_0^\top",
+    needs=("init", "forward"),
     tolerance=8,
     cases=layers(),
 )
 def test_start_forward(impl, case):
     A, B = impl.init(W0=case.W0, rank=case.rank, generator=case.seed)
     assert_close(B, np.zeros_like(B), size=0, what="B at the start")
-    y = impl.forward(x=case.x, W0=case.W0, A=A, B=B, scaling=case.scaling, bias=case.bias)
-    assert_close(y, case.x @ case.W0.T + case.bias, size=np.abs(case.x) @ np.abs(case.W0).T + np.abs(case.bias), what="y")
+    y = impl.forward(x=case.x, W0=case.W0, A=A, B=B, scaling=case.scaling)
+    assert_close(y, case.x @ case.W0.T, size=np.abs(case.x) @ np.abs(case.W0).T, what="y")
 
 
 @law(
@@ -101,16 +101,16 @@ def test_start_merge(impl, case):
 @law(
     "lora.L2a",
     says="The adapted layer is one linear layer whose weight is the merged weight.",
-    formula=r"y = x W^\top + b, \quad W = \mathrm{merge}(W_0, A, B, s)",
-    needs=("forward.bias", "merge"),
+    formula=r"y = x W^\top, \quad W = \mathrm{merge}(W_0, A, B, s)",
+    needs=("forward", "merge"),
     tolerance=8,
     cases=layers(),
 )
 def test_forward_is_merged(impl, case):
-    y = impl.forward(x=case.x, W0=case.W0, A=case.A, B=case.B, scaling=case.scaling, bias=case.bias)
+    y = impl.forward(x=case.x, W0=case.W0, A=case.A, B=case.B, scaling=case.scaling)
     W = impl.merge(W0=case.W0, A=case.A, B=case.B, scaling=case.scaling)
     entries = np.abs(case.W0) + case.scaling * np.abs(case.B) @ np.abs(case.A)
-    assert_close(y, case.x @ W.T + case.bias, size=np.abs(case.x) @ entries.T + np.abs(case.bias), what="y")
+    assert_close(y, case.x @ W.T, size=np.abs(case.x) @ entries.T, what="y")
 
 
 @law(
@@ -173,26 +173,51 @@ def test_delta_weight(impl, case):
 
 @law(
     "lora.L2e",
-    says="The output is the frozen layer's plus, for each k, B's column k times s times A's row k seen by what dropout keeps of x.",
-    formula=r"y = W_0 x + b + s \sum_k B_{:k} \big(A_{k:} \cdot \tfrac{\mathrm{mask} \odot x}{1-p}\big)",
-    needs=("forward.bias", "forward.mask", "forward.p"),
+    says="The output is the frozen layer's plus, for each k, B's column k times s times A's row k seen by x.",
+    formula=r"y = W_0 x + s \sum_k B_{:k} (A_{k:} \cdot x)",
+    needs=("forward",),
     tolerance=8,
     cases=layers(),
 )
 def test_forward(impl, case):
-    weights = {"W0": case.W0, "A": case.A, "B": case.B, "scaling": case.scaling}
-    y = impl.forward(x=case.x, **weights, bias=case.bias, mask=case.mask, p=case.p)
-    _check_forward(y, case, case.x * case.mask / (1 - case.p))
-    _check_forward(impl.forward(x=case.x, **weights, bias=case.bias), case, case.x)
+    y = impl.forward(x=case.x, W0=case.W0, A=case.A, B=case.B, scaling=case.scaling)
+    _check_forward(y, case, bias=0 * case.bias, kept=case.x)
 
 
-def _check_forward(y, case, kept):
+@law(
+    "lora.L2g",
+    says="The bias is added to the output once, as it is.",
+    formula=r"y = W_0 x + b + s \sum_k B_{:k} (A_{k:} \cdot x)",
+    needs=("forward.bias",),
+    tolerance=8,
+    cases=layers(),
+)
+def test_forward_with_bias(impl, case):
+    y = impl.forward(x=case.x, W0=case.W0, A=case.A, B=case.B, scaling=case.scaling, bias=case.bias)
+    _check_forward(y, case, bias=case.bias, kept=case.x)
+
+
+@law(
+    "lora.L12d",
+    says="Under a dropout mask the adapter path sees what is kept of x, divided by 1 - p; the frozen path sees x.",
+    formula=r"y = W_0 x + s \sum_k B_{:k} \big(A_{k:} \cdot \tfrac{\mathrm{mask} \odot x}{1-p}\big)",
+    needs=("forward.mask", "forward.p"),
+    tolerance=8,
+    cases=layers(),
+)
+def test_forward_with_dropout(impl, case):
+    y = impl.forward(x=case.x, W0=case.W0, A=case.A, B=case.B, scaling=case.scaling, mask=case.mask, p=case.p)
+    _check_forward(y, case, bias=0 * case.bias, kept=case.x * case.mask / (1 - case.p))
+
+
+def _check_forward(y, case, bias, kept):
+    """Compare outputs with sums over the rank, position by position; `kept` is what the adapter path sees of x."""
     want, size = np.zeros_like(y), np.zeros_like(y)
     for position in np.ndindex(y.shape[:-1]):
         hidden = [float(np.dot(case.A[k], kept[position])) for k in range(case.rank)]
-        want[position] = case.W0 @ case.x[position] + case.bias + case.scaling * sum(h * case.B[:, k] for k, h in enumerate(hidden))
+        want[position] = case.W0 @ case.x[position] + bias + case.scaling * sum(h * case.B[:, k] for k, h in enumerate(hidden))
         hidden_size = np.abs(case.A) @ np.abs(kept[position])
-        size[position] = np.abs(case.W0) @ np.abs(case.x[position]) + np.abs(case.bias) + case.scaling * np.abs(case.B) @ hidden_size
+        size[position] = np.abs(case.W0) @ np.abs(case.x[position]) + np.abs(bias) + case.scaling * np.abs(case.B) @ hidden_size
     assert_close(y, want, size=size, what="y")
 
 

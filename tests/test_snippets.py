@@ -55,7 +55,7 @@ MISTAKES = {
     ),
     "dropout_on_the_frozen_path": (
         "_forward = forward\ndef forward(x, mask=None, p=0.0, **more):\n    return _forward(_kept(x, mask, p), **more)",
-        ["L2e", "L12b"],
+        ["L12d", "L12b"],
     ),
     "dropout_not_rescaled": (
         "def forward(x, W0, A, B, scaling, bias=0.0, mask=True, p=0.0):\n    return x @ W0.T + scaling * (x * mask) @ A.T @ B.T + bias",

@@ -112,12 +112,12 @@ def delta_normalises_A(A, B, scaling):
 # Forward
 
 
-@mistake("The bias is left out.", replaces="forward", breaks=("lora.L1a", "lora.L2a"))
+@mistake("The bias is left out.", replaces="forward", breaks=("lora.L2g",))
 def forward_without_bias(x, W0, A, B, scaling, *, bias=None, mask=None, p=0.0):
     return right.forward(x, W0, A, B, scaling, mask=mask, p=p)
 
 
-@mistake("The bias is scaled with the adapter.", replaces="forward", breaks=("lora.L1a", "lora.L2a"))
+@mistake("The bias is scaled with the adapter.", replaces="forward", breaks=("lora.L2g",))
 def forward_scales_the_bias(x, W0, A, B, scaling, *, bias=None, mask=None, p=0.0):
     return right.forward(x, W0, A, B, scaling, bias=None if bias is None else scaling * bias, mask=mask, p=p)
 
