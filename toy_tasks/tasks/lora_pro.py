@@ -378,7 +378,7 @@ def figure(results: Results) -> Figure:
                 plotting.draw_curve(loss, results.curves[f"{part}.{method}.loss"], label, i)
                 if method in ("lora", "lora_pro"):
                     plotting.draw_curve(cosine, results.curves[f"{part}.{method}.cosine"], label, i)
-        loss.set(title=f"{title}, learning rate {getattr(config, part + '_lr'):g}", xlabel="step", ylabel="loss", ylim=(0, None))
+        loss.set(title=f"{title}, learning rate {getattr(config, part + '_lr'):g}", xlabel="step", ylabel="loss", ylim=(0, 7))
         cosine.set(title="Direction of the weight", xlabel="step", ylabel="cosine with the gradient", ylim=(0, 1))
         loss.legend()
         cosine.legend()
@@ -387,6 +387,7 @@ def figure(results: Results) -> Figure:
         early = [metrics[f"rates.{method}_x{multiple}.early"] for multiple in config.sgd_rates]
         plotting.draw_points(rates, lrs, early, METHODS[method], list(METHODS).index(method))
     rates.set(title="Gradient descent, other learning rates", xlabel="learning rate", ylabel=f"loss after {config.early} steps")
+    rates.set_ylim(0, 5)  # LoRA leaves it where it diverges
     rates.set_xscale("log")
     rates.set_xticks(lrs, [f"{lr:g}" for lr in lrs])
     rates.minorticks_off()
@@ -395,5 +396,6 @@ def figure(results: Results) -> Figure:
     apart = {X: [metrics[f"start.{X}_x{multiple}.apart_2"] for multiple in config.start_rates] for X in ("sylvester", "zero")}
     plotting.draw_bars(start, names, {"X of the Sylvester equation": apart["sylvester"], "X = 0": apart["zero"]})
     start.set(title="Step 2 from B = 0", xlabel="learning rate", ylabel="apart from the projection")
-    start.legend()
+    start.set_ylim(0, 1.5)
+    start.legend(loc="upper right")
     return fig
