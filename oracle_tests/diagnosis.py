@@ -373,7 +373,7 @@ def _same_array(a: np.ndarray, b: np.ndarray, tolerance: float, up_to_scale: boo
 def _same_on_average(pairs: list[tuple[Observation, Observation]]) -> bool:
     """Whether draws agree in the mean over the cases, which is sharper than each case alone."""
     for name in pairs[0][0]:
-        values = [(a[name], b[name]) for a, b in pairs]
+        values = [(a[name], b[name]) for a, b in pairs if name in a]  # a case may give an error in its place
         drawn = [(a, b) for a, b in values if isinstance(a, Draws) and isinstance(b, Draws) and a.varies]
         if drawn:
             apart = np.mean([a.moments - b.moments for a, b in drawn], axis=0)

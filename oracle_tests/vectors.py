@@ -178,7 +178,7 @@ def export(paper: str, folder: Path) -> Path:
     tensors: dict[str, np.ndarray] = {}
     for index, vector in enumerate(vectors):
         tensors |= {f"{index}.argument.{k}": np.ascontiguousarray(v) for k, v in _flat(vector.arguments).items()}
-        tensors |= {f"{index}.expected": np.array(vector.expected), f"{index}.tolerance": np.array(vector.tolerance)}
+        tensors |= {f"{index}.{k}": np.array(v, order="C") for k, v in (("expected", vector.expected), ("tolerance", vector.tolerance))}
     manifest = {
         "schema": SCHEMA,
         "paper": paper,

@@ -80,7 +80,11 @@ def bad_inputs(paper: str, finite: dict[str, tuple[str, ...]]) -> Iterator[Promi
     calls = recorded_calls(paper)
     for spec in contract(paper).values():
         for parameter in spec.parameters.values():
-            call = _richest([c for c in calls.get(spec.name, []) if parameter.name in c])
+            # Where an array may be given by a name instead, a call with the array
+            able = [
+                c for c in calls.get(spec.name, []) if parameter.name in c and not (parameter.dims and isinstance(c[parameter.name], str))
+            ]
+            call = _richest(able)
             if call is not None:
                 spoils = [*_spoils(spec, parameter, call), *_not_finite(parameter, call, finite.get(spec.name, ()))]
                 for fault, value in spoils:

@@ -1,0 +1,66 @@
+"""Time of LoRA-Pro's AdamW step at 4096 x 4096 and rank 8, as multiples of the moment update that it contains.
+
+The yardstick is the same update of m x n moments and Adam's direction, for a gradient that is there already, in the same
+unfused torch. Beside it: torch's fused AdamW on the dense weight, and the (rank, rank) work alone. Calls alternate, and
+medians are compared. A number of another size may be given: `python benchmarks/lora_pro.py 2048`.
+"""
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from loracle.reference import lora, lora_pro
+
+RANK, SCALING, CALLS = 8, 2.0, 15
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Wall-clock time of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def main(size: int) -> None:
+    """Print the ratios of the medians."""
+    torch.manual_seed(0)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    W0, G, A, B = torch.randn(size, size), torch.randn(size, size), torch.randn(RANK, size), torch.randn(size, RANK)
+    grads, state = lora.gradients(G, A, B, SCALING), lora_pro.State(torch.randn(size, size), torch.rand(size, size))
+    dense = torch.nn.Parameter(W0.clone())
+    dense.grad = G
+    fused = torch.optim.AdamW([dense], fused=True)
+
+    def moments() -> object:
+        return lora_pro._adam(G, *state, 3, 0.9, 0.999, 1e-8)
+
+    def step() -> object:
+        return lora_pro.step(*grads, W0, A, B, SCALING, *state, t=3, lr=1e-3)
+
+    def small() -> object:
+        left, right = lora_pro._grams(A, B)
+        for _ in range(2):
+            left.inverse(0.0), right.inverse(0.0)
+        return lora_pro._sylvester(grads.grad_A, A, left, right, SCALING, 0.0)
+
+    calls = {"LoRA-Pro's step": step, "moment update": moments, "fused dense AdamW": fused.step, "rank x rank work": small}
+    for call in calls.values():
+        call()
+    times = {name: [] for name in calls}  # type: dict[str, list[float]]
+    for _ in range(CALLS):
+        for name, call in calls.items():
+            times[name].append(seconds(call))
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    for name, median in medians.items():
+        print(f"{name:20} {1e3 * median:8.2f} ms")
+    whole = medians["LoRA-Pro's step"]
+    print(f"step / moment update {whole / medians['moment update']:.2f} (at most 2.5)")
+    print(f"rank x rank work / step {medians['rank x rank work'] / whole:.3f} (at most 0.05)")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 4096)

@@ -1,0 +1,309 @@
+"""What `reference/lora_pro.py` promises beside the laws of LoRA-Pro: its optimizer, its errors, its defaults."""
+
+import math
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from loracle.oracle_tests.promises import promise, refuses
+
+NAN, INF = float("nan"), float("inf")
+
+
+def optimizer_functions(module):
+    """The steps of LoRA-Pro's contract, made by the optimizer `LoRAProAdamW` on a layer."""
+
+    def run(mode, W0, A, B, scaling, grad_A, grad_B, moments, t, options):
+        X = options.pop("X", "sylvester")
+        layer = _layer_of(W0, A, B, scaling)
+        optimizer = module.LoRAProAdamW([layer], mode=mode, X="zero" if isinstance(X, Tensor) else X, **options)
+        optimizer.X = X  # a matrix too, as the functions take one
+        layer.A.grad, layer.B.grad = grad_A.clone(), grad_B.clone()
+        if t > 1 or any(m.any() for m in moments.values()):
+            optimizer.state[layer.A].update(moments, t=t - 1)
+        optimizer.step()
+        kept = optimizer.state[layer.A]
+        assert kept["t"] == t
+        return layer, [kept[name] for name in moments]
+
+    def step(grad_A, grad_B, W0, A, B, scaling, moment1, moment2, *, t, **options):
+        layer, moments = run("full", W0, A, B, scaling, grad_A, grad_B, {"moment1": moment1, "moment2": moment2}, t, options)
+        return layer.base.weight, layer.A.detach(), layer.B.detach(), *moments
+
+    def step_efficient(grad_A, grad_B, A, B, scaling, moment1_A, moment1_B, moment2_A, moment2_B, *, t, **options):
+        moments = {"moment1_A": moment1_A, "moment1_B": moment1_B, "moment2_A": moment2_A, "moment2_B": moment2_B}
+        W0 = torch.ones(len(B), A.shape[1], dtype=A.dtype)
+        layer, moments = run("efficient", W0, A, B, scaling, grad_A, grad_B, moments, t, options)
+        assert torch.equal(layer.base.weight, W0), "the efficient mode changed the frozen weight"
+        return layer.A.detach(), layer.B.detach(), *moments
+
+    return SimpleNamespace(
+        init_state=module.init_state, init_state_efficient=module.init_state_efficient, step=step, step_efficient=step_efficient
+    )
+
+
+NAMESPACES = {"LoRAProAdamW": optimizer_functions}
+
+
+def _layer_of(W0, A, B, scaling):
+    factors = {"A": nn.Parameter(A.clone()), "B": nn.Parameter(B.clone())}
+    return SimpleNamespace(base=SimpleNamespace(weight=W0.clone()), scaling=scaling, **factors)
+
+
+def _layer(B=None, dtype=torch.float64):
+    """A small layer with gradients."""
+    W0, A = torch.randn(4, 5, dtype=dtype), torch.randn(2, 5, dtype=dtype)
+    layer = _layer_of(W0, A, torch.randn(4, 2, dtype=dtype) if B is None else B, 1.5)
+    layer.A.grad, layer.B.grad = torch.randn(2, 5, dtype=dtype), torch.randn(4, 2, dtype=dtype)
+    return layer
+
+
+def _weights(layer):
+    return [layer.base.weight.clone(), layer.A.detach().clone(), layer.B.detach().clone()]
+
+
+def _same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# Defaults
+
+
+@promise(
+    "Without options the optimizer is AdamW's: lr 1e-3, 0.9, 0.999, 1e-8, no decay, full mode, Sylvester, no delta.", of="LoRAProAdamW"
+)
+def optimizer_by_default(module):
+    layer, other = _layer(), _layer()
+    explicit = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "adam_eps": 1e-8, "weight_decay": 0.0}
+    default = module.LoRAProAdamW([layer])
+    assert {k: default.param_groups[0][k] for k in explicit} == explicit
+    assert (default.mode, default.X, default.delta) == ("full", "sylvester", 0.0)
+    assert default.defaults == module.LoRAProAdamW([other], **explicit).defaults
+
+
+@promise("Moments in use keep the dtype and device of the factors.", of=("init_state", "init_state_efficient"))
+def moments_like_the_factors(module):
+    A, B = torch.ones(2, 5, dtype=torch.bfloat16, device="meta"), torch.ones(4, 2, dtype=torch.bfloat16, device="meta")
+    for state in (module.init_state(A, B), module.init_state_efficient(A, B)):
+        assert {(m.dtype, m.device.type) for m in state} == {(torch.bfloat16, "meta")}
+
+
+@promise("Without decay the step returns W0 itself, not a copy.", of="step")
+def frozen_weight_is_not_copied(module):
+    layer = _layer()
+    W0, A, B = _weights(layer)
+    state = module.init_state(A, B)
+    assert module.step(layer.A.grad, layer.B.grad, W0, A, B, 1.5, *state, t=1, lr=0.1).W0 is W0
+
+
+@promise(
+    "Rounding that leaves an eigenvalue a little above zero is not inverted.", of=("optimal_gradients", "projected_gradient", "sylvester_X")
+)
+def rounding_is_not_inverted(module):
+    # Rank one up to rounding: an inverse of what rounding leaves would be 1e12 and more
+    A, B, G = torch.randn(2, 5), torch.randn(40, 1).expand(40, 2) / 3, torch.randn(40, 5)
+    B = torch.cat([B[:, :1], B[:, 1:] * (1 + 1e-7)], dim=1)
+    grad_A, grad_B = 1.5 * B.mT @ G, 1.5 * G @ A.mT
+    assert module.optimal_gradients(grad_A, grad_B, A, B, 1.5).grad_A.norm() < 100 * G.norm()
+    assert module.projected_gradient(G, A, B).norm() < 1.1 * G.norm()
+    assert module.sylvester_X(grad_A, A, B, 1.5).norm() < 100 * G.norm()
+    # Two directions that differ by a hundredth are two directions
+    B = torch.cat([B[:, :1], B[:, :1] + 0.01 * torch.randn(40, 1)], dim=1)
+    assert torch.linalg.matrix_rank(module.projected_gradient(torch.randn(40, 5), torch.zeros(2, 5), B), rtol=1e-4) == 2
+
+
+@promise(
+    "A direction counts if its share of the Gram matrix is above ten times the rank times eps of the largest.", of="projected_gradient"
+)
+def cutoff_of_the_pseudo_inverse(module):
+    G = torch.randn(3, 4, dtype=torch.float64)
+    for scale in (1.0, 2.0):
+        for share, seen in ((19.0, 1), (21.0, 2)):
+            B = scale * torch.tensor([[1.0, 0.0], [0.0, math.sqrt(share * 2.0**-52)], [0.0, 0.0]], dtype=torch.float64)
+            got = module.projected_gradient(G, torch.zeros(2, 4, dtype=torch.float64), B)
+            assert torch.allclose(got[:seen], G[:seen])
+            assert not got[seen:].any()
+
+
+@promise("Factors that are both zero have a zero pair, with every X.", of=("optimal_gradients", "sylvester_X"))
+def both_factors_zero(module):
+    A, B = torch.zeros(2, 4), torch.zeros(3, 2)
+    for X in ("sylvester", "zero", "symmetry"):
+        assert not any(grad.any() for grad in module.optimal_gradients(A, B, A, B, 2.0, X=X))
+    assert not module.sylvester_X(A, A, B, 2.0).any()
+
+
+# Errors
+
+
+@promise("An unknown name of X is refused.", of=("optimal_gradients", "sgd_step", "step", "step_efficient", "CHOICES", "LoRAProAdamW"))
+def unknown_X(module):
+    layer = _layer()
+    W0, A, B = _weights(layer)
+    grads = (layer.A.grad, layer.B.grad)
+    for X in ("nonsense", "", "Zero"):
+        refuses(lambda X=X: module.optimal_gradients(*grads, A, B, 1.5, X=X), "X")
+        refuses(lambda X=X: module.sgd_step(*grads, A, B, 1.5, lr=0.1, X=X), "X")
+        refuses(lambda X=X: module.step(*grads, W0, A, B, 1.5, *module.init_state(A, B), t=1, lr=0.1, X=X), "X")
+        refuses(lambda X=X: module.step_efficient(*grads, A, B, 1.5, *module.init_state_efficient(A, B), t=1, lr=0.1, X=X), "X")
+        refuses(lambda X=X: module.LoRAProAdamW([layer], X=X), "X")
+
+
+@promise("The optimizer refuses a mode that there is not, and numbers out of their range.", of="LoRAProAdamW")
+def unusable_options(module):
+    layer = _layer()
+    refuses(lambda: module.LoRAProAdamW([layer], mode="fast"), "mode")
+    for name, values in {"lr": (-1e-3, NAN, INF), "beta1": (-0.1, 1.0), "beta2": (-0.1, 1.0), "adam_eps": (-1e-8, NAN)}.items():
+        for value in values:
+            refuses(lambda name=name, value=value: module.LoRAProAdamW([layer], **{name: value}), name)
+    for name in ("weight_decay", "delta"):
+        refuses(lambda name=name: module.LoRAProAdamW([layer], **{name: -0.1}), name)
+    for mode in ("full", "efficient"):
+        fine = module.LoRAProAdamW([layer], mode=mode, lr=0.0, beta1=0.0, beta2=0.0, adam_eps=0.0, weight_decay=2.0, delta=2.0)
+        assert fine.mode == mode
+
+
+@promise("The optimizer refuses factors that are not finite or of lower rank, but for B = 0, where training starts.", of="LoRAProAdamW")
+def unusable_factors(module):
+    for name in ("A", "B"):
+        layer = _layer()
+        with torch.no_grad():
+            getattr(layer, name)[1, 1] = NAN
+        refuses(lambda layer=layer: module.LoRAProAdamW([layer]), name)
+        for dtype in (torch.float64, torch.bfloat16):
+            layer = _layer(dtype=dtype)
+            with torch.no_grad():
+                factor = layer.A if name == "A" else layer.B.mT
+                factor[1] = 2 * factor[0]
+            refuses(lambda layer=layer: module.LoRAProAdamW([layer]), name)
+            refuses(lambda layer=layer: module.LoRAProAdamW([layer]), "has rank 1; needed 2")
+    zero = _layer()
+    with torch.no_grad():
+        zero.A.zero_()
+    refuses(lambda: module.LoRAProAdamW([_layer(), zero]), "A")
+    module.LoRAProAdamW([_layer(torch.zeros(4, 2, dtype=torch.float64))])
+
+
+@promise("W0 and moments that agree with each other, but not with the factors, are refused.", of=("step", "step_efficient"))
+def sizes_of_the_state(module):
+    layer = _layer()
+    _, A, B = _weights(layer)
+    given = {"grad_A": layer.A.grad, "grad_B": layer.B.grad, "A": A, "B": B, "scaling": 1.5, "t": 1, "lr": 0.1}
+    for wrong in (torch.randn(4, 6, dtype=A.dtype), torch.randn(5, 5, dtype=A.dtype)):
+        refuses(module.step, "W0", W0=wrong, moment1=wrong, moment2=wrong, **given)
+    for name in ("A", "B"):
+        moments = module.init_state_efficient(A, B)._asdict()
+        for number in (1, 2):
+            moments[f"moment{number}_{name}"] = torch.zeros(5, 5, dtype=A.dtype)
+        refuses(module.step_efficient, f"moment1_{name}", **given, **moments)
+
+
+@promise(
+    "In half precision everything is computed in float32 and rounded once.", of=("step", "step_efficient", "optimal_gradients", "sgd_step")
+)
+def half_precision_is_rounded_once(module):
+    layer = _layer(dtype=torch.bfloat16)
+    W0, A, B = _weights(layer)
+    grads, numbers = {"grad_A": layer.A.grad, "grad_B": layer.B.grad}, {"scaling": 1.5}
+    moments = {"moment1": torch.randn(4, 5).bfloat16(), "moment2": torch.rand(4, 5).bfloat16()}
+    more = {"t": 3, "lr": 0.1, "weight_decay": 0.5, "beta1": 0.7, "beta2": 0.7}
+    efficient = {f"{name}_{f}": torch.rand(w.shape).bfloat16() for name in moments for f, w in (("A", A), ("B", B))}
+    for function, tensors, options in (
+        (module.step, {"W0": W0, **moments}, more),
+        (module.step_efficient, efficient, more),
+        (module.optimal_gradients, {}, {}),
+    ):
+        given = {**grads, "A": A, "B": B, **tensors}
+        got = function(**given, **numbers, **options)
+        precise = function(**{name: value.float() for name, value in given.items()}, **numbers, **options)
+        # W0 is only shrunk, by one number, in its own precision
+        for name, one, other in zip(got._fields, got, precise, strict=True):
+            assert name == "W0" or torch.equal(one, other.bfloat16()), name
+
+
+# The optimizer
+
+
+@promise("The layers may come from a generator, and a group added without its layer is an error.", of="LoRAProAdamW")
+def layers_from_a_generator(module):
+    layers = [_layer(), _layer()]
+    before = [_weights(layer)[2] for layer in layers]
+    optimizer = module.LoRAProAdamW(layer for layer in layers)
+    optimizer.step()
+    optimizer.step()
+    assert not any(torch.equal(layer.B, old) for layer, old in zip(layers, before, strict=True))
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    try:
+        optimizer.step()
+    except ValueError:
+        return
+    raise AssertionError("steps a group that has no layer")
+
+
+@promise("The optimizer calls the closure with gradients on, before it steps, and returns its value.", of="LoRAProAdamW")
+def closure_is_called(module):
+    layer, calls = _layer(), []
+
+    def closure():
+        calls.append((torch.is_grad_enabled(), layer.A.detach().clone()))
+        return 3.5
+
+    before = layer.A.detach().clone()
+    optimizer = module.LoRAProAdamW([layer])
+    assert optimizer.step(closure) == 3.5
+    assert len(calls) == 1
+    assert calls[0][0]
+    assert torch.equal(calls[0][1], before)
+    assert optimizer.step() is None
+    assert not torch.equal(layer.A, before)
+
+
+@promise("A layer of which a factor has no gradient stays as it is, and its steps are not counted.", of="LoRAProAdamW")
+def layers_without_gradient(module):
+    for missing in ("A", "B"):
+        still, moving = _layer(), _layer()
+        getattr(still, missing).grad = None
+        before, other = _weights(still), _weights(moving)
+        optimizer = module.LoRAProAdamW([still, moving], weight_decay=0.1)
+        optimizer.step()
+        assert _same(_weights(still), before)
+        assert not any(torch.equal(a, b) for a, b in zip(_weights(moving), other, strict=True))
+        assert "t" not in optimizer.state[still.A]
+
+
+@promise("Each layer is a group: a scheduler may change its learning rate and decay.", of="LoRAProAdamW")
+def groups_have_their_own_options(module):
+    layers = [_layer(), _layer()]
+    before = [_weights(layer) for layer in layers]
+    optimizer = module.LoRAProAdamW(layers, lr=0.0, weight_decay=0.0)
+    optimizer.param_groups[1]["lr"] = 0.1
+    optimizer.step()
+    assert _same(_weights(layers[0]), before[0])
+    assert not torch.equal(layers[1].B, before[1][2])
+    assert math.isclose(layers[1].base.weight.norm(), before[1][0].norm())
+
+
+@promise("A training that is saved and loaded goes on as if it had not been.", of="LoRAProAdamW")
+def state_is_saved(module):
+    for mode in ("full", "efficient"):
+        layer = _layer()
+        optimizer = module.LoRAProAdamW([layer], lr=0.1, mode=mode, weight_decay=0.1)
+        optimizer.step()
+        twin = _layer_of(layer.base.weight, layer.A.detach(), layer.B.detach(), 1.5)
+        twin.A.grad, twin.B.grad = layer.A.grad.clone(), layer.B.grad.clone()
+        other = module.LoRAProAdamW([twin], mode=mode)
+        other.load_state_dict(optimizer.state_dict())
+        for each in (optimizer, other):
+            each.step()
+        assert _same(_weights(twin), _weights(layer))
+
+
+@promise("A frozen weight in another precision than the factors is decayed in its own.", of="LoRAProAdamW")
+def frozen_weight_in_another_precision(module):
+    layer = _layer()
+    layer.base.weight = layer.base.weight.bfloat16()
+    before = layer.base.weight.clone()
+    module.LoRAProAdamW([layer], lr=0.5, weight_decay=0.5).step()
+    assert layer.base.weight.dtype == torch.bfloat16
+    assert torch.equal(layer.base.weight, (0.75 * before.double()).bfloat16())
