@@ -705,10 +705,9 @@ def _options(case):
     return {"beta1": case.beta1, "beta2": case.beta2, "adam_eps": case.adam_eps}
 
 
-def _step_size(direction, case, X):
+def _step_size(direction, A, B, scaling, lr, X):
     """What the rounding errors of the factors after a step are relative to."""
-    size = _pair_size(direction, case.A, case.B, case.scaling, _free_matrix(direction, case.A, case.B, case.scaling, X))
-    return case.lr * size + np.abs(case.A).max() + np.abs(case.B).max()
+    return lr * _pair_size(direction, A, B, scaling, _free_matrix(direction, A, B, scaling, X)) + np.abs(A).max() + np.abs(B).max()
 
 
 @law(
@@ -726,7 +725,7 @@ def test_first_adamw_step(impl, case):
     nearest, s = _nearest(case.G, case.A, case.B), case.scaling
     direction = nearest / (np.abs(nearest) + case.adam_eps)
     got = _equivalent(case.A - after.A, case.B - after.B, case.A, case.B, s)
-    size = s * _step_size(direction, case, "sylvester") * (np.linalg.norm(case.A) + np.linalg.norm(case.B))
+    size = s * _step_size(direction, case.A, case.B, case.scaling, case.lr, "sylvester") * (np.linalg.norm(case.A) + np.linalg.norm(case.B))
     conditioning = _conditioning(case.A, case.B) * (1 + np.linalg.norm(case.G)) / case.adam_eps
     assert_close(got, case.lr * _nearest(direction, case.A, case.B), size=size, conditioning=conditioning, what="the weight's step")
 
@@ -766,7 +765,7 @@ def test_any_adamw_step(impl, case):
     kept, conditioning = np.sqrt(1 - case.lr * case.weight_decay), _conditioning(case.A, case.B) * (1 + np.linalg.norm(case.G))
     for X in (*NAMED, case.X):
         after = impl.step(**plain, **layer, **state, **_options(case), **_as_option(X))
-        pair, size = _pair(direction, case.A, case.B, case.scaling, X), _step_size(direction, case, X)
+        pair, size = _pair(direction, case.A, case.B, case.scaling, X), _step_size(direction, case.A, case.B, case.scaling, case.lr, X)
         assert_close(after.A, kept * case.A - case.lr * pair[0], size=size, conditioning=conditioning, what="A after the step")
         assert_close(after.B, kept * case.B - case.lr * pair[1], size=size, conditioning=conditioning, what="B after the step")
 
@@ -784,7 +783,10 @@ def test_defaults_of_adamw(impl, case):
     direction, mean, square = _adam(g, case.moment1, case.moment2 / 16, case.t)
     layer = {"W0": case.W0, "A": case.A, "B": case.B, "scaling": case.scaling, "t": case.t, "lr": case.lr}
     after = impl.step(moment1=case.moment1, moment2=case.moment2 / 16, **plain, **layer)
-    pair, size = _pair(direction, case.A, case.B, case.scaling, "sylvester"), _step_size(direction, case, "sylvester")
+    pair, size = (
+        _pair(direction, case.A, case.B, case.scaling, "sylvester"),
+        _step_size(direction, case.A, case.B, case.scaling, case.lr, "sylvester"),
+    )
     conditioning = _conditioning(case.A, case.B) * (1 + np.linalg.norm(case.G))
     assert_close(after.A, case.A - case.lr * pair[0], size=size, conditioning=conditioning, what="A after the step")
     assert_close(after.B, case.B - case.lr * pair[1], size=size, conditioning=conditioning, what="B after the step")
@@ -813,7 +815,7 @@ def test_five_adamw_steps(impl, case):
         mean, square = ((1 - b) * sum(b ** (t - k) * g**p for k, g in enumerate(seen, 1)) for b, p in ((case.beta1, 1), (case.beta2, 2)))
         root = np.sqrt(square / (1 - case.beta2**t))
         direction = mean / (1 - case.beta1**t) / (root + case.adam_eps)
-        pair, size = _pair(direction, A, B, case.scaling, "sylvester"), _step_size(direction, case._replace(A=A, B=B), "sylvester")
+        pair, size = _pair(direction, A, B, case.scaling, "sylvester"), _step_size(direction, A, B, case.scaling, case.lr, "sylvester")
         conditioning = _conditioning(A, B) * (1 + np.linalg.norm(G)) / case.adam_eps
         assert_close(after.A, A - lr * pair[0], size=size, conditioning=conditioning, what=f"A after step {t}")
         assert_close(after.B, B - lr * pair[1], size=size, conditioning=conditioning, what=f"B after step {t}")
@@ -843,7 +845,7 @@ def test_delta_of_adamw(impl, case):
     conditioning = _conditioning(case.A, case.B)
     assert_close(after.moment1, 0.1 * g, size=size, conditioning=conditioning, what="the mean")
     got = _equivalent(case.A - after.A, case.B - after.B, case.A, case.B, s)
-    size = s * _step_size(direction, case, "sylvester") * (np.linalg.norm(case.A) + np.linalg.norm(case.B))
+    size = s * _step_size(direction, case.A, case.B, case.scaling, case.lr, "sylvester") * (np.linalg.norm(case.A) + np.linalg.norm(case.B))
     assert_close(got, case.lr * seen(direction), size=size, conditioning=conditioning / case.adam_eps, what="the weight's step")
 
 

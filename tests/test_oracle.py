@@ -232,8 +232,9 @@ def test_missing_option():
     def forward(x, W0, A, B, scaling):
         return reference.forward(x, W0, A, B, scaling)
 
-    result = outcome(parts("forward", "merge", forward=forward), "lora.L2a")
+    result = outcome(parts("forward", "merge", forward=forward), "lora.L2g")
     assert (result.outcome, result.message) == ("missing", "the implementation has no forward.bias")
+    assert outcome(parts("forward", "merge", forward=forward), "lora.L2a").outcome == "holds"
 
 
 def test_run_that_checks_nothing():

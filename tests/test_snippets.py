@@ -35,7 +35,7 @@ MISTAKES = {
         "def delta_weight(A, B, scaling):\n    return scaling * B @ (A / np.linalg.norm(A, axis=1, keepdims=True))",
         ["L6a"],
     ),
-    "bias_is_left_out": ("def forward(x, W0, A, B, scaling, bias=None):\n    return x @ W0.T + scaling * x @ A.T @ B.T", ["L1a"]),
+    "bias_is_left_out": ("def forward(x, W0, A, B, scaling, bias=None):\n    return x @ W0.T + scaling * x @ A.T @ B.T", ["L2g"]),
     "derived_delta": ("del delta_weight\ndef forward(x, W0, A, B, scaling, bias=None):\n    return x @ W0.T + x @ A.T @ B.T", ["L2d"]),
     "gradient_of_A_without_scaling": (
         "def gradients(G, A, B, scaling):\n    return B.T @ G, scaling * G @ A.T",
