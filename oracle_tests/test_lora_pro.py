@@ -953,8 +953,12 @@ def _efficient(impl, case, X, decay, **options):
     known = {name: options[name] for name in ("beta1", "beta2", "adam_eps") if name in options}
     wanted, sizes = [], []
     pair = _pair(case.G, case.A, case.B, case.scaling, X)
-    kept, size = 1 - case.lr * decay, _pair_size(case.G, case.A, case.B, case.scaling, _free_matrix(*case[:3], case.scaling, X))
-    for factor, g, m, v in zip((case.A, case.B), pair, case[4:6], case[6:8], strict=True):
+    kept, size = (
+        1 - case.lr * decay,
+        _pair_size(case.G, case.A, case.B, case.scaling, _free_matrix(case.G, case.A, case.B, case.scaling, X)),
+    )
+    means, squares = (case.moment1_A, case.moment1_B), (case.moment2_A, case.moment2_B)
+    for factor, g, m, v in zip((case.A, case.B), pair, means, squares, strict=True):
         direction, mean, square = _adam(g, m, v, case.t, **known)
         wanted.append((kept * factor - case.lr * direction, mean, square))
         # Where the mean square is small, Adam's direction is as steep in the gradient as one over its root

@@ -36,7 +36,10 @@ MISTAKES = {
         ["L6a"],
     ),
     "bias_is_left_out": ("def forward(x, W0, A, B, scaling, bias=None):\n    return x @ W0.T + scaling * x @ A.T @ B.T", ["L2g"]),
-    "derived_delta": ("del delta_weight\ndef forward(x, W0, A, B, scaling, bias=None):\n    return x @ W0.T + x @ A.T @ B.T", ["L2d"]),
+    "derived_delta": (
+        "del delta_weight\ndef forward(x, W0, A, B, scaling, bias=None):\n    return x @ W0.T + x @ A.T @ B.T",
+        ["L2d", "L2e"],
+    ),
     "gradient_of_A_without_scaling": (
         "def gradients(G, A, B, scaling):\n    return B.T @ G, scaling * G @ A.T",
         ["L3a", "L7a"],
