@@ -202,6 +202,8 @@ def _calling_lines(impl: Implementation, derived: dict[str, Any]) -> list[str]:
         "    def _asdict(self):",
         "        return dict(vars(self))",
         "",
+        "    _fields = property(lambda self: tuple(vars(self)))",
+        "",
         "",
         "implementation = Implementation()",
         *(f"implementation.{n} = lambda **given: {d.compute.__name__}(implementation, **given)" for n, d in derived.items()),

@@ -26,7 +26,7 @@ from ..models import Params, Shift, Stack, make_mlp
 from ..records import Claim, Results
 from ..training import adam, sgd, train
 
-QUESTION = "How much rank does adaptation need, and which scaling learns at every rank?"
+QUESTION = "What changes with the rank?"
 
 
 @dataclass(frozen=True)
