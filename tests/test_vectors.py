@@ -1,6 +1,8 @@
 """Exported vectors: independent of the implementation, readable without loracle, and able to tell mistakes."""
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from loracle.oracle_tests.contract import papers
+from loracle.oracle_tests.files import write_atomically
 from loracle.oracle_tests.loading import load
 from loracle.oracle_tests.mistakes import mistakes_of, wrong
 from loracle.oracle_tests.vectors import OBSERVABLES, export, vectors_of
@@ -103,3 +106,15 @@ def test_expected_values_do_not_come_from_the_reference(monkeypatch):
     after = {(v.function, i): v for i, v in enumerate(vectors_of("lora"))}
     for i, vector in enumerate(before):
         np.testing.assert_array_equal(after[vector.function, i].expected, vector.expected)
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    write_atomically(tmp_path / "file", "old")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(tmp_path / "file", "new")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "old")]
