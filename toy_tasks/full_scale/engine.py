@@ -33,6 +33,7 @@ class Engine:
         self.accelerator = Accelerator(cpu=cpu, kwargs_handlers=handlers)
         self.ranks, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self.whole: list[nn.Parameter] = []  # trained, and not sharded
         self.kind = ("ddp" if self.ranks > 1 else "single") if kind == "auto" else kind
         if (self.kind == "single") != (self.ranks == 1):
             raise UsageError(
@@ -40,10 +41,11 @@ class Engine:
                 "several with `accelerate launch --num_processes N -m loracle.toy_tasks.full_scale`"
             )
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """The model as it is called in training; `model` itself is changed in place (moved, or sharded)."""
+    def prepare(self, model: nn.Module, whole: Iterable[nn.Parameter]) -> nn.Module:
+        """The model as it is called in training; `model` itself is changed in place (moved, or sharded but for `whole`)."""
         model.to(self.device)
         if self.kind == "fsdp":
+            self.whole = list(whole)
             self._shard(model)
             return model
         prepared: nn.Module = self.accelerator.prepare_model(model)
@@ -54,13 +56,10 @@ class Engine:
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(self.device.type, (self.ranks,))
-        # What a method added stays whole; a pretrained weight that is trained itself (full fine-tuning) is sharded
-        whole = {p for name, p in model.named_parameters() if p.requires_grad and not name.endswith((".weight", ".bias"))}
-        whole |= {p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name}
-        self.whole = [p for p in model.parameters() if p in whole]
+        ignored = set(self.whole)
         for block in blocks(model):
-            fully_shard(block, mesh=mesh, ignored_params=whole)
-        fully_shard(model, mesh=mesh, ignored_params=whole)
+            fully_shard(block, mesh=mesh, ignored_params=ignored)
+        fully_shard(model, mesh=mesh, ignored_params=ignored)
 
     @contextlib.contextmanager
     def last_backward(self, prepared: nn.Module, last: bool) -> Any:
