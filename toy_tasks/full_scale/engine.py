@@ -6,6 +6,7 @@ over the ranks once per optimizer step.
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -48,7 +49,10 @@ class Engine:
             self.whole = list(whole)
             self._shard(model)
             return model
-        prepared: nn.Module = self.accelerator.prepare_model(model)
+        with warnings.catch_warnings():
+            # Its successor is not there in older versions of torch, and accelerate does not know it
+            warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
+            prepared: nn.Module = self.accelerator.prepare_model(model)
         return prepared
 
     def _shard(self, model: nn.Module) -> None:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,9 +145,9 @@ def attach(run: Run, model: nn.Module, gradients: Callable[[int], Mapping[str, T
         UsageError: an option, the rank or the target modules do not fit.
     """
     method = methods.make(run.method, run.options)
-    # A tensor that is still there with the same count of in-place changes is as it was before
-    before = {(id(p), p._version) for p in tensors_of(model).values()}
-    pretrained = {id(p) for p in model.parameters()}
+    # A tensor that is still there with the same count of in-place changes is as it was before. (Not by its id alone: that of
+    # a tensor that is gone may be given to a new one.)
+    before = [(weakref.ref(tensor), tensor._version) for tensor in tensors_of(model).values()]
     setup = Setup(
         pattern=run.pattern,
         rank=run.rank,
@@ -160,8 +161,9 @@ def attach(run: Run, model: nn.Module, gradients: Callable[[int], Mapping[str, T
         method.attach(model, setup)
     except ValueError as error:
         raise UsageError(f"{run.method} does not fit: {error}") from None
-    touched = [name for name, tensor in tensors_of(model).items() if (id(tensor), tensor._version) not in before]
-    added = [p for p in model.parameters() if p.requires_grad and id(p) not in pretrained]
+    untouched = {id(tensor) for reference, version in before if (tensor := reference()) is not None and tensor._version == version}
+    touched = [name for name, tensor in tensors_of(model).items() if id(tensor) not in untouched]
+    added = [p for p in model.parameters() if p.requires_grad and id(p) not in untouched]
     for parameter in added:
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     return method, added, touched
@@ -336,7 +338,7 @@ def train(run: Run, out: Path, *, save_every: int | None = None, report: Report 
     if saved:
         checkpoints.put(model, saved.weights, found[-1] / checkpoints.STATE)
     if run.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parameters = model.num_parameters()
     called = engine.prepare(model, prepared.whole)
