@@ -47,7 +47,10 @@ def start(ranks, engines, out):
     return [
         subprocess.Popen(
             [sys.executable, program, str(rank), str(ranks), str(port), out, *engines],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )  # fmt: skip
         for rank in range(ranks)
     ]

@@ -129,8 +129,6 @@ class Order(Sampler[list[int]]):
     ) -> None:
         if rows < batch_size:
             raise UsageError(f"the data has {rows} rows and a batch {batch_size}; use a smaller batch_size or more data")
-        if batch_size % (micro_batch * ranks):
-            raise UsageError(f"batch_size is {batch_size}; needed a multiple of micro-batch {micro_batch} times {ranks} process(es)")
         self.rows, self.batch_size, self.micro_batch, self.seed = rows, batch_size, micro_batch, seed
         self.first, self.steps, self.rank, self.ranks = first, steps, rank, ranks
         self.accumulation = batch_size // (micro_batch * ranks)

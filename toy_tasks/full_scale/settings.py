@@ -56,7 +56,7 @@ class Run:
     schedule: str
     warmup_ratio: float
     batch_size: int  # rows in one optimizer step, over all ranks and accumulation
-    micro_batch: int  # rows that one rank puts through the model at once
+    micro_batch: int | None  # rows that one rank puts through the model at once; None: its share of the batch
     epochs: float
     steps: int | None  # instead of epochs
     sequence_length: int
@@ -79,11 +79,21 @@ class Run:
             raise ValueError(f"schedule is {self.schedule!r}; {nearest(self.schedule, SCHEDULES)}")
         if self.engine not in ENGINES:
             raise ValueError(f"engine is {self.engine!r}; {nearest(self.engine, ENGINES)}")
-        for name in ("rank", "batch_size", "micro_batch", "sequence_length", "lr"):
+        for name in ("rank", "batch_size", "sequence_length", "lr"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; needed a positive number")
         if "{instruction}" not in self.template:
             raise ValueError(f"the template {self.template!r} lacks {{instruction}}, which stands for an example's instruction")
+
+    def rows_at_once(self, ranks: int = 1) -> int:
+        """The micro-batch of each of so many ranks.
+
+        Raises UsageError if micro-batches of that size cannot make up the batch.
+        """
+        rows = self.micro_batch or max(1, self.batch_size // ranks)
+        if self.batch_size % (rows * ranks):
+            raise UsageError(f"batch_size is {self.batch_size}; needed a multiple of micro-batch {rows} times {ranks} process(es)")
+        return rows
 
     @property
     def pattern(self) -> str:
@@ -151,6 +161,7 @@ def resolve(
         "seed": 0,
         "fields": (),
         "template": "Q: {instruction}\nA: " if values["data"] != SMALL else "{instruction}",
+        "micro_batch": None,
         "packing": False,
         "gradient_checkpointing": False,
         "compile": False,
@@ -158,7 +169,6 @@ def resolve(
         "assumed": tuple(key for key in unknown if key not in given and key not in small),
         "changed": tuple(changed),
     }
-    table["micro_batch"] = values["batch_size"]
     table |= {key: value for key, value in how.items() if value is not None}
     return convert(table, Run, "the run")  # type: ignore[no-any-return]
 

@@ -181,7 +181,7 @@ def stand_in_gradients(model: nn.Module) -> Callable[[int], Mapping[str, Tensor]
 
 
 def estimate_gradients(
-    run: Run, model: nn.Module, rows: list[Row], padding: int, report: Report = silent
+    run: Run, model: nn.Module, rows: list[Row], padding: int, *, ranks: int = 1, report: Report = silent
 ) -> Callable[[int], Mapping[str, Tensor]]:
     """The gradient of the mean loss of a few drawn rows in each adapted layer's weight, as methods ask for it.
 
@@ -194,7 +194,10 @@ def estimate_gradients(
 
         chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(run.seed)).tolist()[:samples]
         layers = matching_linears(model, run.pattern)
-        sums = {name: torch.zeros_like(layer.weight, dtype=torch.promote_types(layer.weight.dtype, torch.float32)) for name, layer in layers.items()}
+        sums = {
+            name: torch.zeros_like(layer.weight, dtype=torch.promote_types(layer.weight.dtype, torch.float32))
+            for name, layer in layers.items()
+        }
         model.requires_grad_(False)
         hooks = []
         for name, layer in layers.items():
@@ -206,11 +209,12 @@ def estimate_gradients(
 
             hooks.append(layer.weight.register_post_accumulate_grad_hook(take))
         count = sum(count_tokens(collate([rows[i]], padding)["labels"]) for i in chosen)
-        for start in range(0, len(chosen), run.micro_batch):
-            batch = {k: v.to(next(model.parameters()).device) for k, v in collate([rows[i] for i in chosen[start : start + run.micro_batch]], padding).items()}
+        size, device = run.rows_at_once(ranks), next(model.parameters()).device
+        for start in range(0, len(chosen), size):
+            batch = {key: value.to(device) for key, value in collate([rows[i] for i in chosen[start : start + size]], padding).items()}
             labels = batch.pop("labels")
             (token_losses(model(**batch, use_cache=False).logits, labels) / count).backward()
-            report("reading gradients", min(1.0, (start + run.micro_batch) / len(chosen)), f"{len(chosen)} examples")
+            report("reading gradients", min(1.0, (start + size) / len(chosen)), f"{len(chosen)} examples")
         for hook in hooks:
             hook.remove()
         model.requires_grad_(False)
@@ -219,12 +223,18 @@ def estimate_gradients(
     return gradients
 
 
-def prepare(run: Run, engine: Engine, rows: list[Row], model: Any, tokenizer: Any, out: Path, *, resuming: bool, report: Report) -> Prepared:
+def prepare(
+    run: Run, engine: Engine, rows: list[Row], model: Any, tokenizer: Any, out: Path, *, resuming: bool, report: Report
+) -> Prepared:
     """Put the method in. Rank 0's factors, bases and corrected weights go to every rank; a run that is resumed reads its own."""
     model.train()
     start_file = out / checkpoints.START
     model.to(engine.device)
-    gradients = stand_in_gradients(model) if resuming else estimate_gradients(run, model, rows, tokenizer.pad_token_id, report)
+    gradients = (
+        stand_in_gradients(model)
+        if resuming
+        else estimate_gradients(run, model, rows, tokenizer.pad_token_id, ranks=engine.ranks, report=report)
+    )
     method, added, touched = attach(run, model, gradients)
     if resuming:
         checkpoints.put(model, checkpoints.load_tensors(start_file), start_file)
@@ -292,7 +302,14 @@ def fit(
     """
     padding = prepared.tokenizer.pad_token_id
     order = Order(
-        len(rows), batch_size=run.batch_size, micro_batch=run.micro_batch, steps=steps, seed=run.seed, first=first, rank=engine.rank, ranks=engine.ranks
+        len(rows),
+        batch_size=run.batch_size,
+        micro_batch=run.rows_at_once(engine.ranks),
+        steps=steps,
+        seed=run.seed,
+        first=first,
+        rank=engine.rank,
+        ranks=engine.ranks,
     )
     batches = iter(load(rows, order, padding))
     for step in range(first, steps):
@@ -315,7 +332,9 @@ def fit(
         after_step(step + 1, engine.sum(total), count)
 
 
-def train(run: Run, out: Path, *, save_every: int | None = None, report: Report = silent, cpu: bool = False, cache: Path | None = None) -> Outcome:
+def train(
+    run: Run, out: Path, *, save_every: int | None = None, report: Report = silent, cpu: bool = False, cache: Path | None = None
+) -> Outcome:
     """Do a run, or go on with it from its last checkpoint, and write its report into `out`.
 
     Raises:
@@ -323,6 +342,7 @@ def train(run: Run, out: Path, *, save_every: int | None = None, report: Report 
         UsageError: a setting, model or data set is wrong.
     """
     engine = Engine(run.engine, cpu=cpu)
+    run.rows_at_once(engine.ranks)
     said = report if engine.is_main else silent
     began = time.perf_counter()
     reset_peak_memory(engine.device)
@@ -348,7 +368,7 @@ def train(run: Run, out: Path, *, save_every: int | None = None, report: Report 
     steps = count_steps(run, len(texts.train))
     scheduler = make_schedule(run, optimizer, steps)
     first, tokens, seconds = 0, 0, 0.0
-    measure = {"size": run.micro_batch, "padding": tokenizer.pad_token_id, "device": engine.device}
+    measure = {"size": run.rows_at_once(engine.ranks), "padding": tokenizer.pad_token_id, "device": engine.device}
     if saved:
         checkpoints.restore_optimizer(optimizer, saved)
         scheduler.load_state_dict(saved.scheduler)
@@ -375,7 +395,18 @@ def train(run: Run, out: Path, *, save_every: int | None = None, report: Report 
             checkpoints.write(out, step, run, weights, optimizer, scheduler, main=engine.is_main)
             clock = time.perf_counter()
 
-    fit(run, engine, prepared, texts.train, steps=steps, first=first, model=called, optimizer=optimizer, scheduler=scheduler, after_step=after_step)
+    fit(
+        run,
+        engine,
+        prepared,
+        texts.train,
+        steps=steps,
+        first=first,
+        model=called,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        after_step=after_step,
+    )
     said("evaluating", 0.0, "")
     after = mean_loss(model, texts.new, **measure)  # type: ignore[arg-type]
     old_after = mean_loss(model, texts.old, **measure) if texts.old else None  # type: ignore[arg-type]
@@ -417,7 +448,9 @@ def _check_folder(out: Path, run: Run, found: list[Path]) -> None:
         there, _, _ = checkpoints.read_run(found[-1])
         apart = differences(there, run)
         if apart:
-            raise UsageError(f"{out} holds an unfinished run with other settings: {'; '.join(apart)}. Give another --out, or those settings.")
+            raise UsageError(
+                f"{out} holds an unfinished run with other settings: {'; '.join(apart)}. Give another --out, or those settings."
+            )
 
 
 def _start_folder(out: Path, run: Run, engine: Engine) -> None:
