@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -172,6 +172,59 @@ def run(
 app.command()(run)
 
 
+@app.command("eval")
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run, a model's folder, or a hub id.", show_default=False)],
+    data: Annotated[str, typer.Option(help="A JSONL file or a hub id.")],
+    kind: Annotated[str, typer.Option(help="perplexity, or exact_match of generated answers.")] = "perplexity",
+    fields: Annotated[
+        str | None, typer.Option(help="The data's fields, as `question,answer` or `text`.", show_default="found by name")
+    ] = None,
+    template: Annotated[str | None, typer.Option(help="The prompt, with {instruction} in it.", show_default="the run's")] = None,
+    samples: Annotated[int | None, typer.Option(help="Only the first so many examples.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a row, or of an answer.", show_default="the run's, or 256")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the numbers, and every answer, as JSON.")] = None,
+) -> None:
+    """Measure a run or a model on held-out data.
+
+    exact_match generates greedily and compares the number after the last "####", or else the last number, as GSM8K asks.
+
+    \b
+    Examples:
+      loracle full eval runs/full/lora --data held_out.jsonl
+      loracle full eval runs/full/lora_ga --data gsm8k_test.jsonl --kind exact_match --out gsm8k.json
+    """
+    with _exit_codes():
+        _check_numbers(samples=samples, length=length)
+        with _quiet_libraries():
+            from ..toy_tasks.full_scale.measuring import measure
+        with _progress() as report:
+            found = measure(
+                target, data, kind, fields=_fields(fields), template=template, samples=samples, length=length, out=out, report=report
+            )
+        console.print(found, highlight=False)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)],
+    to: Annotated[Path, typer.Option(help="The folder to write.")],
+    kind: Annotated[str | None, typer.Option(help="peft or merged.", show_default="an adapter if there can be one")] = None,
+) -> None:
+    """Write what a run trained as an adapter that PEFT loads, or as a merged model that transformers loads.
+
+    \b
+    Examples:
+      loracle full export runs/full/lora_ga --to lora_ga_adapter
+      loracle full export runs/full/lora --to my_model --kind merged
+    """
+    with _exit_codes():
+        with _quiet_libraries():
+            from ..toy_tasks.full_scale import exports
+        made, why = exports.export(folder, to, kind)
+        console.print(f"{to}: {'a PEFT adapter' if made == 'peft' else 'a merged model'} ({why})", soft_wrap=True, highlight=False)
+
+
 def _check_numbers(**numbers: int | None) -> None:
     from ..toy_tasks.config import UsageError
 
@@ -182,7 +235,10 @@ def _check_numbers(**numbers: int | None) -> None:
 
 @contextmanager
 def _no_progress() -> Iterator[Callable[[str, float, str], None]]:
-    yield lambda stage, fraction, word="": None
+    def report(stage: str, fraction: float, word: str = "") -> None:
+        pass
+
+    yield report
 
 
 def _print_run(run: Run, source: str) -> None:

@@ -1,6 +1,5 @@
 """Runs of a tiny model: methods, precision, resuming, loss, data."""
 
-import dataclasses
 import json
 import os
 import random
@@ -14,11 +13,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 
 from loracle.toy_tasks import methods
-from loracle.toy_tasks.config import ToyError, UsageError
 from loracle.toy_tasks.full_scale import checkpoints, training
-from loracle.toy_tasks.full_scale.data import IGNORED, Order, collate, find_fields, in_order, pack, read_examples, tokenise
-from loracle.toy_tasks.full_scale.engine import Engine
-from loracle.toy_tasks.full_scale.evaluation import count_tokens, mean_loss, token_losses
 from loracle.toy_tasks.full_scale.settings import resolve
 
 SETTINGS = ["precision=float32", "batch_size=4", "rank=2", "alpha=4", "lr=1e-2", "sequence_length=40", "dropout=0", "weight_decay=0"]

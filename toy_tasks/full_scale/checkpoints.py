@@ -66,7 +66,7 @@ def _flush(path: Path) -> None:
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises ToyError if it is missing or not whole."""
     try:
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
     except (OSError, SafetensorError) as error:
         raise ToyError(f"{path} is missing or not whole: {error}. Delete it to go on from the checkpoint before it.") from None

@@ -47,7 +47,7 @@ def _read_lines(path: Path) -> list[Example]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UsageError(f"the data {path} could not be read: {error.strerror}") from None
-    examples = []
+    examples: list[Example] = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:

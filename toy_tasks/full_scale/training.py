@@ -23,6 +23,7 @@ from .evaluation import count_tokens, generate, mean_loss, perplexity, token_los
 from .memory import peak_memory, reset_peak_memory
 from .settings import SMALL, Run, differences
 
+SMALL_FOLDER = Path("runs/small-llama")  # the small model, once it is built
 LOG, REPORT = "log.jsonl", "report.json"
 HELD_OUT_SHARE, HELD_OUT_MOST = 20, 200  # one in so many examples, at most so many
 PROMPTS, NEW_TOKENS = 2, 48
@@ -78,19 +79,20 @@ def silent(stage: str, fraction: float, word: str = "") -> None:
     """Report nothing."""
 
 
-def model_folder(run: Run, engine: Engine, report: Report = silent, cache: Path = Path("runs/small-llama")) -> str:
+def model_folder(run: Run, engine: Engine | None, report: Report = silent, cache: Path = SMALL_FOLDER) -> str:
     """Where transformers finds the model; the small one is built first, once, by rank 0."""
     if run.model != SMALL:
         return run.model
-    if engine.is_main and not cache.exists():
+    if (engine is None or engine.is_main) and not cache.exists():
         report("building the small model", 0.0, "")
         small.build(cache, lambda fraction: report("building the small model", fraction, ""))
-    engine.wait()
+    if engine is not None:
+        engine.wait()
     return str(cache)
 
 
-def load_model(run: Run, folder: str) -> tuple[Any, Any]:
-    """A causal language model in the run's precision, and its tokenizer.
+def load_model(folder: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A causal language model, and its tokenizer.
 
     Raises:
         UsageError: neither a folder with a model nor a hub id that can be had.
@@ -99,7 +101,7 @@ def load_model(run: Run, folder: str) -> tuple[Any, Any]:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, run.dtype_name))
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError) as error:
         raise UsageError(f"the model {folder!r} could not be loaded: {str(error).splitlines()[0]}") from None
     if tokenizer.pad_token_id is None:
@@ -125,7 +127,7 @@ def load_texts(run: Run, tokenizer: Any) -> Texts:
     fields = find_fields(split.train, run.fields, run.data)
     find_fields(split.held_out, fields, run.held_out or run.data)
     cut = {"fields": fields, "template": run.template, "length": run.sequence_length}
-    train, new = (tokenise(part, tokenizer, **cut) for part in split)  # type: ignore[arg-type]
+    train, new = (tokenise(part, tokenizer, **cut) for part in split)
     if not train or not new:
         raise UsageError(f"no example of {run.data} has a response within {run.sequence_length} tokens; raise sequence_length")
     prompts = [run.template.replace("{instruction}", e[fields[0]]) for e in split.held_out[:PROMPTS]] if len(fields) == 2 else []
@@ -175,7 +177,7 @@ def stand_in_gradients(model: nn.Module) -> Callable[[int], Mapping[str, Tensor]
     class Random(dict[str, Tensor]):
         def __missing__(self, name: str) -> Tensor:
             weight = model.get_submodule(name).weight
-            return torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+            return torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
 
     return lambda samples: Random()
 
@@ -204,6 +206,7 @@ def estimate_gradients(
             layer.weight.requires_grad_(True)
 
             def take(weight: Tensor, name: str = name) -> None:
+                assert weight.grad is not None
                 sums[name] += weight.grad
                 weight.grad = None
 
@@ -257,12 +260,12 @@ def make_optimizer(run: Run, method: Method, model: nn.Module) -> torch.optim.Op
         raise UsageError(f"optimizer is {run.optimizer!r}; needed one of {', '.join(known)}")
     if run.optimizer == "sgd":
         return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=run.lr, weight_decay=run.weight_decay)
-    if method.trained(model, weight_decay=run.weight_decay).keys() - {n for n, p in model.named_parameters() if p.requires_grad}:
-        if torch.finfo(getattr(torch, run.dtype_name)).bits < 32:
-            raise UsageError(
-                f"weight_decay is {run.weight_decay} and the base weights are {run.dtype_name}: {run.method} shrinks them by "
-                f"1 - {run.lr * run.weight_decay:g} a step, which rounds to nothing there; use --set precision=float32, or weight_decay=0"
-            )
+    shrinks_base = method.trained(model, weight_decay=run.weight_decay).keys() - method.trained(model).keys()
+    if shrinks_base and torch.finfo(getattr(torch, run.dtype_name)).bits < 32:
+        raise UsageError(
+            f"weight_decay is {run.weight_decay} and the base weights are {run.dtype_name}: {run.method} shrinks them by a factor of "
+            f"1 - {run.lr * run.weight_decay:g} a step, which rounds to nothing there; use --set precision=float32, or weight_decay=0"
+        )
     try:
         return method.optimizer(model, lr=run.lr, weight_decay=run.weight_decay)
     except ValueError as error:
@@ -349,8 +352,8 @@ def train(
     found = checkpoints.find(out)
     _check_folder(out, run, found)
     saved = checkpoints.read(found[-1], run) if found else None
-    folder = model_folder(run, engine, said, *([cache] if cache else []))
-    model, tokenizer = load_model(run, folder)
+    folder = model_folder(run, engine, said, cache or SMALL_FOLDER)
+    model, tokenizer = load_model(folder, getattr(torch, run.dtype_name))
     texts = load_texts(run, tokenizer)
     if not found:
         _start_folder(out, run, engine)
@@ -375,8 +378,8 @@ def train(
         first = saved.step
         before, old_before, tokens, seconds = _read_progress(out, first, engine)
     else:
-        before = mean_loss(model, texts.new, **measure)  # type: ignore[arg-type]
-        old_before = mean_loss(model, texts.old, **measure) if texts.old else None  # type: ignore[arg-type]
+        before = mean_loss(model, texts.new, **measure)
+        old_before = mean_loss(model, texts.old, **measure) if texts.old else None
         _append(out, {"step": 0, "held_out_loss": before, "old_loss": old_before}, engine)
     setup_seconds = time.perf_counter() - began
     clock = time.perf_counter()
@@ -408,8 +411,8 @@ def train(
         after_step=after_step,
     )
     said("evaluating", 0.0, "")
-    after = mean_loss(model, texts.new, **measure)  # type: ignore[arg-type]
-    old_after = mean_loss(model, texts.old, **measure) if texts.old else None  # type: ignore[arg-type]
+    after = mean_loss(model, texts.new, **measure)
+    old_after = mean_loss(model, texts.old, **measure) if texts.old else None
     written = generate(model, tokenizer, texts.prompts, max_new_tokens=NEW_TOKENS) if texts.prompts else []
     outcome = Outcome(
         run=dataclasses.asdict(run),
