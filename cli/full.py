@@ -172,6 +172,96 @@ def run(
 app.command()(run)
 
 
+Shape = Annotated[
+    str | None,
+    typer.Option(help="The model's shape: hidden,intermediate,layers,heads,vocabulary of a Llama.", show_default="the model's own"),
+]
+
+
+@app.command()
+def plan(
+    source: Source,
+    method: MethodName = None,
+    model: ModelName = None,
+    shape: Shape = None,
+    devices: Annotated[int, typer.Option(help="How many devices share the work.")] = 1,
+    memory: Annotated[float | None, typer.Option(help="GiB of each device.", show_default="what is free here")] = None,
+    micro_batch: MicroBatch = None,
+    checkpointing: Checkpointing = False,
+    engine: Annotated[str, typer.Option(help="auto (single or ddp) or fsdp.")] = "auto",
+    cpu: Annotated[bool, typer.Option("--cpu", help="For the CPU even if there is a GPU.")] = False,
+    settings: Settings = None,
+) -> None:
+    """Print the memory that a run will need on each device, and whether it fits; nothing is run.
+
+    Exit code 0: it fits; 1: it does not, and what would is printed.
+
+    \b
+    Examples:
+      loracle full plan lora --model paper --memory 80
+      loracle full plan lora_ga --model paper --memory 24 --micro-batch 1 --checkpointing
+      loracle full plan randlora --model any --shape 2048,8192,16,32,128256 --memory 24 --devices 4 --engine fsdp
+    """
+    with _exit_codes():
+        from ..toy_tasks.full_scale.settings import resolve
+
+        _check_numbers(devices=devices, micro_batch=micro_batch)
+        sizes = _shape(shape)
+        decided = resolve(
+            source,
+            method=method,
+            model=model or ("shape" if sizes else None),
+            data="none" if sizes else None,
+            overrides=settings or (),
+            micro_batch=micro_batch,
+            gradient_checkpointing=checkpointing,
+            engine=engine,
+        )
+        with _quiet_libraries():
+            import torch
+
+            from ..toy_tasks.full_scale import memory as planning
+        device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+        available = memory * 2**30 if memory is not None else float(planning.device_memory(device))
+        on_cpu = device.type == "cpu" and memory is None
+        config = planning.known_config(decided.model, sizes)
+        found = planning.estimate(decided, config, ranks=devices)
+        table = Table("", "each device", title=f"Memory of {decided.method} on {decided.model}", title_justify="left")
+        parts = {
+            f"pretrained weights ({decided.precision})": found.weights,
+            f"adapters ({found.trainable:,} parameters trained)": found.adapters,
+            "gradients": found.gradients,
+            f"optimizer ({decided.optimizer})": found.optimizer,
+            f"activations ({decided.rows_at_once(devices)} rows of {decided.sequence_length} tokens)": found.activations,
+            "sharded weights while they compute": found.gathered,
+            "or, before training: gradients for the start": found.setup,
+        }
+        for name, size in parts.items():
+            if size:
+                table.add_row(name, format_bytes(size))
+        table.add_row("[bold]peak[/bold]", f"[bold]{format_bytes(found.total)}[/bold]")
+        console.print(table)
+        if planning.fits(found, available, cpu=on_cpu):
+            console.print(f"It fits into {format_bytes(available)}.", highlight=False)
+            return
+        console.print(f"It does not fit into {format_bytes(available)}.", highlight=False)
+        for line in planning.advise(decided, config, available, cpu=on_cpu) or ["nothing that this command knows of; take a smaller model"]:
+            console.print(f"would fit: {line}", soft_wrap=True, highlight=False)
+        raise typer.Exit(FAILED)
+
+
+def _shape(text: str | None) -> list[int] | None:
+    """Five whole numbers."""
+    from ..toy_tasks.config import UsageError
+
+    if text is None:
+        return None
+    pieces = text.split(",")
+    if len(pieces) != 5 or not all(piece.strip().isdigit() and int(piece) > 0 for piece in pieces):
+        raise UsageError(f"--shape is {text!r}; needed five whole numbers: hidden,intermediate,layers,heads,vocabulary")
+    return [int(piece) for piece in pieces]
+
+
 @app.command("eval")
 def evaluate(
     target: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run, a model's folder, or a hub id.", show_default=False)],
@@ -261,7 +351,8 @@ def _print_outcome(outcome: Outcome) -> None:
     if outcome.forgetting is not None:
         console.print(f"forgetting: {outcome.forgetting:+.3f} (rise of the loss on the old domain)", highlight=False)
     console.print(
-        f"perplexity {outcome.perplexity_after:.2f}; {outcome.trainable:,} of {outcome.parameters:,} parameters trained; {outcome.steps} steps, "
+        f"perplexity {outcome.perplexity_after:.2f}; {outcome.trainable:,} of {outcome.parameters:,} parameters trained; "
+        f"{outcome.steps} steps, "
         f"{outcome.tokens:,} tokens, {outcome.tokens_per_second:,.0f} tokens/s, peak memory {format_bytes(outcome.peak_memory_bytes)}, "
         f"{outcome.setup_seconds + outcome.seconds:.1f} s on {outcome.device}",
         soft_wrap=True,
@@ -280,3 +371,51 @@ def _plain(text: str) -> str:
 def format_bytes(count: float) -> str:
     """A size as people read it."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+@app.command()
+def bench(
+    methods: Annotated[list[str] | None, typer.Argument(metavar="[METHOD]...", help="Which; default: all, and PEFT's LoRA.")] = None,
+    shape: Annotated[
+        str, typer.Option(help="hidden,intermediate,layers,heads,vocabulary of a Llama; Llama 2 7B is 4096,11008,32,32,32000.")
+    ] = "256,688,4,4,2048",
+    rank: Annotated[int, typer.Option(help="Of every method.")] = 8,
+    precision: Annotated[
+        str | None, typer.Option(help="Of the base weights: bf16 or float32.", show_default="bf16 on a GPU, else float32")
+    ] = None,
+    sequence: Annotated[int, typer.Option(help="Tokens of a row.")] = 128,
+    rows: Annotated[int, typer.Option(help="Rows of a step.")] = 4,
+    steps: Annotated[int, typer.Option(help="Steps of a round.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Rounds; ratios are medians over them.")] = 7,
+    checkpointing: Checkpointing = False,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the models.")] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="On the CPU even if there is a GPU.")] = False,
+    out: Annotated[Path, typer.Option(help="The results file.")] = Path("runs/full/bench.json"),
+) -> None:
+    """Measure speed, peak memory and the time of the start of each method beside PEFT's LoRA, in one run.
+
+    The weights and tokens are random: nothing is downloaded.
+
+    \b
+    Examples:
+      loracle full bench
+      loracle full bench lora lora_ga --compile
+      loracle full bench --shape 4096,11008,32,32,32000 --sequence 1024 --rows 1 --out llama_2_7b.json
+    """
+    with _exit_codes():
+        _check_numbers(rank=rank, sequence=sequence, rows=rows, steps=steps, rounds=rounds)
+        with _quiet_libraries():
+            from ..toy_tasks.full_scale import bench as benching
+        how = {"gradient_checkpointing": checkpointing, "compile": compile}
+        runs = benching.runs(methods, rank=rank, precision=precision, sequence=sequence, rows=rows, cpu=cpu, **how)
+        with _progress() as report:
+            found = benching.measure(runs, _shape(shape) or [], steps=steps, rounds=rounds, cpu=cpu, out=out, report=report)
+        table = Table("method", title=f"Beside PEFT's LoRA, {found.device}", title_justify="left")
+        for heading in ("trained", "start, s", "tokens/s", "speed", "peak", "memory"):
+            table.add_column(heading, justify="right")
+        for one in found.methods:
+            speed, memory = (f"{ratio:.2f}" for ratio in (one.relative_speed, one.relative_memory))
+            peak = format_bytes(one.peak_memory_bytes)
+            table.add_row(one.method, f"{one.trainable:,}", f"{one.init_seconds:.2f}", f"{one.tokens_per_second:,.0f}", speed, peak, memory)
+        console.print(table)
+        console.print(f"results: {out}", soft_wrap=True, highlight=False)

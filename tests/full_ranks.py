@@ -1,18 +1,10 @@
-"""Run by tests/test_full_engines.py, in one process or two: train tiny models with every method, and save their weights.
-
-python full_ranks.py RANK RANKS PORT OUT ENGINE...
-"""
+"""Run by test_full_engines.py, in one process or two: `full_ranks.py OUT ENGINE...` trains a tiny model in every case."""
 
 import dataclasses
 import json
 import os
 import sys
 from pathlib import Path
-
-rank, ranks, port, out, engines = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), sys.argv[5:]
-if ranks > 1:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
 
 import torch
 from safetensors.torch import save_file
@@ -23,6 +15,8 @@ from loracle.toy_tasks.full_scale import training
 from loracle.toy_tasks.full_scale.engine import Engine, gathered
 from loracle.toy_tasks.full_scale.settings import resolve
 
+out, engines = Path(sys.argv[1]), sys.argv[2:]
+rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 STEPS = 3
 CASES = json.loads((out / "cases.json").read_text())  # name -> keywords of `resolve`, and "decay"
 

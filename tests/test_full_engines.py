@@ -38,22 +38,17 @@ def cases():
 
 
 def start(ranks, engines, out):
-    """The processes, all at once; their standard errors."""
+    """The processes, all at once."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    program = Path(__file__).with_name("full_ranks.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return [
-        subprocess.Popen(
-            [sys.executable, program, str(rank), str(ranks), str(port), out, *engines],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )  # fmt: skip
-        for rank in range(ranks)
-    ]
+    command = [sys.executable, Path(__file__).with_name("full_ranks.py"), out, *engines]
+    own = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if ranks > 1:
+        own |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    by_rank = [own | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else own for rank in range(ranks)]
+    return [subprocess.Popen(command, env=environment, **pipes) for environment in by_rank]
 
 
 @pytest.fixture(scope="module")

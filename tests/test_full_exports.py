@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 pytest.importorskip("accelerate")
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 
+import peft
 import transformers
 
 from loracle.toy_tasks import methods
@@ -83,7 +84,7 @@ def test_the_rank_of_an_adapter(finished, tmp_path, name, rank):
 
 @pytest.mark.parametrize("name", ["full", "lora_pro with decay"])
 def test_what_is_no_adapter_says_why(finished, tmp_path, name):
-    with pytest.raises(UsageError, match="cannot be exported as an adapter: .*(trained|changed).*merged"):
+    with pytest.raises(UsageError, match=r"cannot be exported as an adapter: .*(trained|changed).*merged"):
         exports.export(finished(name), tmp_path / "export", "peft")
 
 

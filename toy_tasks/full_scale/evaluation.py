@@ -16,8 +16,10 @@ NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """The sum of the cross-entropies of the tokens to learn, each predicted from what stands before it, in at least float32."""
-    logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
-    return nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+    # The labels are shifted and not the logits, of which a part would be a copy
+    following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.cross_entropy(logits.flatten(0, 1), following.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def count_tokens(labels: Tensor) -> int:

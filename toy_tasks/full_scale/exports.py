@@ -67,7 +67,8 @@ def merged_weight(layer: nn.Module, in_features: int) -> Tensor:
     working = torch.promote_types(next(layer.parameters()).dtype, torch.float32)
     layer = layer.to(working)
     zero = layer(torch.zeros(1, in_features, dtype=working))
-    return (layer(torch.eye(in_features, dtype=working)) - zero).T.contiguous()
+    weight: Tensor = (layer(torch.eye(in_features, dtype=working)) - zero).T.contiguous()
+    return weight
 
 
 def export(out: Path, to: Path, kind: str | None = None, *, cache: Path | None = None) -> tuple[str, str]:

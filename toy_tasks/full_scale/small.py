@@ -24,29 +24,35 @@ SEED = 0
 
 def build(folder: Path, tick: Callable[[float], None] | None = None) -> None:
     """Train the tokenizer and pretrain the model, about half a minute on one core, and save both in `folder` for transformers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    tokenizer = train_tokenizer("\n".join(old_domain().train[i]["text"] for i in range(len(old_domain().train))))
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        max_position_embeddings=4 * LENGTH,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    tokenizer = train_tokenizer("\n".join(example["text"] for example in old_domain().train))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config())
     pretrain(model, chunks(old_domain().train, tokenizer), tokenizer.pad_token_id, tick)
     # A folder that is there is whole: it gets its name last
     draft = folder.with_name(f".{folder.name}.part")
     model.save_pretrained(draft)
     tokenizer.save_pretrained(draft)
     draft.replace(folder)
+
+
+def config() -> Any:
+    """The model's shape."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=4 * LENGTH,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
 
 
 def train_tokenizer(text: str) -> Any:

@@ -20,7 +20,7 @@ from . import checkpoints, small
 from .data import Order, Row, Split, collate, find_fields, load, pack, read_examples, tokenise
 from .engine import Engine
 from .evaluation import count_tokens, generate, mean_loss, perplexity, token_losses
-from .memory import peak_memory, reset_peak_memory
+from .memory import advise, device_memory, estimate, fits, known_config, peak_memory, reset_peak_memory
 from .settings import SMALL, Run, differences
 
 SMALL_FOLDER = Path("runs/small-llama")  # the small model, once it is built
@@ -126,8 +126,10 @@ def load_texts(run: Run, tokenizer: Any) -> Texts:
         raise UsageError(f"{run.data} has one example, which is held out; give more, or --held-out FILE")
     fields = find_fields(split.train, run.fields, run.data)
     find_fields(split.held_out, fields, run.held_out or run.data)
-    cut = {"fields": fields, "template": run.template, "length": run.sequence_length}
-    train, new = (tokenise(part, tokenizer, **cut) for part in split)
+    train, new = (
+        tokenise(part, tokenizer, fields=fields, template=run.template, length=run.sequence_length)
+        for part in (split.train, split.held_out)
+    )
     if not train or not new:
         raise UsageError(f"no example of {run.data} has a response within {run.sequence_length} tokens; raise sequence_length")
     prompts = [run.template.replace("{instruction}", e[fields[0]]) for e in split.held_out[:PROMPTS]] if len(fields) == 2 else []
@@ -176,8 +178,8 @@ def stand_in_gradients(model: nn.Module) -> Callable[[int], Mapping[str, Tensor]
 
     class Random(dict[str, Tensor]):
         def __missing__(self, name: str) -> Tensor:
-            weight = model.get_submodule(name).weight
-            return torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+            shape = model.get_parameter(f"{name}.weight").shape
+            return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
     return lambda samples: Random()
 
@@ -353,6 +355,7 @@ def train(
     _check_folder(out, run, found)
     saved = checkpoints.read(found[-1], run) if found else None
     folder = model_folder(run, engine, said, cache or SMALL_FOLDER)
+    check_memory(run, engine, folder)
     model, tokenizer = load_model(folder, getattr(torch, run.dtype_name))
     texts = load_texts(run, tokenizer)
     if not found:
@@ -441,6 +444,19 @@ def train(
         write_report(out, outcome)
     engine.wait()
     return outcome
+
+
+def check_memory(run: Run, engine: Engine, folder: str) -> None:
+    """Refuse a run that the device has no room for, before anything is loaded. Raises UsageError with what would fit."""
+    cpu, free = engine.device.type == "cpu", device_memory(engine.device)
+    config = known_config(folder)
+    plan = estimate(run, config, ranks=engine.ranks)
+    # The processes on one machine share the memory of its CPU
+    if not fits(plan, free / (engine.ranks if cpu else 1), cpu=cpu):
+        would = "; or ".join(advise(run, config, free, cpu=cpu)) or "a smaller model"
+        raise UsageError(
+            f"this run needs {plan.total / 2**30:.1f} GiB and {engine.device} has {free / 2**30:.1f} GiB free; what would fit: {would}"
+        )
 
 
 def _check_folder(out: Path, run: Run, found: list[Path]) -> None:
