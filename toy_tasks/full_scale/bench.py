@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -59,7 +59,7 @@ class Ready(NamedTuple):
     init_seconds: float
 
 
-def runs(methods: Sequence[str] | None, *, rank: int, precision: str | None, sequence: int, rows: int, cpu: bool, **how: bool) -> list[Run]:
+def runs(methods: Sequence[str] | None, *, rank: int, precision: str | None, sequence: int, rows: int, cpu: bool, **how: Any) -> list[Run]:
     """The runs to measure, PEFT's LoRA first: these methods, or all that there are, with the options of their configs."""
     from ..config import CONFIGS
     from ..methods import names
