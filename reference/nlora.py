@@ -51,6 +51,12 @@ PAPER = Paper(
     bibtex_key="guo2025nlora",
 )
 
+RankIn = Float[Tensor, "rank in"]
+RankRank = Float[Tensor, "rank rank"]
+OutRank = Float[Tensor, "out rank"]
+OutIn = Float[Tensor, "out in"]
+Index = Int[Tensor, " rank"]
+
 METHODS = ("nlora", "slora", "inttune")
 CORES = ("block", "pinv")
 DISTRIBUTIONS = ("kaiming", "gaussian")
@@ -59,26 +65,26 @@ DISTRIBUTIONS = ("kaiming", "gaussian")
 class Factors(NamedTuple):
     """The three factors of the update, from the input side to the output side."""
 
-    A: Float[Tensor, "rank in"]
-    N: Float[Tensor, "rank rank"]
-    B: Float[Tensor, "out rank"]
+    A: RankIn
+    N: RankRank
+    B: OutRank
 
 
 class Weights(NamedTuple):
     """All weights of one layer."""
 
-    W_base: Float[Tensor, "out in"]
-    A: Float[Tensor, "rank in"]
-    N: Float[Tensor, "rank rank"]
-    B: Float[Tensor, "out rank"]
+    W_base: OutIn
+    A: RankIn
+    N: RankRank
+    B: OutRank
 
 
 class Gradients(NamedTuple):
     """Gradients of the loss in the factors."""
 
-    grad_A: Float[Tensor, "rank in"]
-    grad_N: Float[Tensor, "rank rank"]
-    grad_B: Float[Tensor, "out rank"]
+    grad_A: RankIn
+    grad_N: RankRank
+    grad_B: OutRank
 
 
 class Exported(NamedTuple):
@@ -89,12 +95,7 @@ class Exported(NamedTuple):
 
 
 def init_slora(
-    W0: Float[Tensor, "out in"],
-    *,
-    rank: int,
-    distribution: str = "kaiming",
-    core: str = "kaiming",
-    generator: torch.Generator | None = None,
+    W0: OutIn, *, rank: int, distribution: str = "kaiming", core: str = "kaiming", generator: torch.Generator | None = None
 ) -> Factors:
     """SLoRA's start: A (rank, in) and N (rank, rank) random, B (out, rank) zero, so that the layer computes what it did.
 
@@ -115,9 +116,7 @@ def init_slora(
     return Factors(A, N, B)
 
 
-def landmark_blocks(
-    W0: Float[Tensor, "out in"], *, rank: int, rows: Int[Tensor, " rank"] | None = None, cols: Int[Tensor, " rank"] | None = None
-) -> Factors:
+def landmark_blocks(W0: OutIn, *, rank: int, rows: Index | None = None, cols: Index | None = None) -> Factors:
     """Copies of the landmark rows (rank, in) of W0, of the block where they cross the landmark columns, and of these (out, rank).
 
     `rows` and `cols` are `rank` different indices each, counted from 0; the first ones by default (official code).
@@ -134,14 +133,7 @@ def landmark_blocks(
     return Factors(A=W0[I], N=W0[I][:, J], B=W0[:, J])
 
 
-def nystrom_approx(
-    W0: Float[Tensor, "out in"],
-    *,
-    rank: int,
-    rows: Int[Tensor, " rank"] | None = None,
-    cols: Int[Tensor, " rank"] | None = None,
-    rcond: float | None = None,
-) -> Float[Tensor, "out in"]:
+def nystrom_approx(W0: OutIn, *, rank: int, rows: Index | None = None, cols: Index | None = None, rcond: float | None = None) -> OutIn:
     """Nystroem's approximation C K^+ R (out, in) of W0 from `rank` of its rows R and columns C and the block K where they cross.
 
     Errors and options as in `init` with `core="pinv"`.
@@ -151,14 +143,7 @@ def nystrom_approx(
     return (C @ (_inverse(K, rcond) @ R)).to(W0.dtype)
 
 
-def nystrom_from_svd(
-    W0: Float[Tensor, "out in"],
-    *,
-    rank: int,
-    rows: Int[Tensor, " rank"] | None = None,
-    cols: Int[Tensor, " rank"] | None = None,
-    rcond: float | None = None,
-) -> Float[Tensor, "out in"]:
+def nystrom_from_svd(W0: OutIn, *, rank: int, rows: Index | None = None, cols: Index | None = None, rcond: float | None = None) -> OutIn:
     """The same approximation as the paper derives it: the singular vectors of the block, extended to all rows and columns.
 
     Errors and options as in `nystrom_approx`.
@@ -171,14 +156,14 @@ def nystrom_from_svd(
 
 
 def init(
-    W0: Float[Tensor, "out in"],
+    W0: OutIn,
     scaling: float = 1.0,
     *,
     rank: int,
     core: str = "block",
     residual: bool = False,
-    rows: Int[Tensor, " rank"] | None = None,
-    cols: Int[Tensor, " rank"] | None = None,
+    rows: Index | None = None,
+    cols: Index | None = None,
     rcond: float | None = None,
 ) -> Weights:
     """All weights at the start of NLoRA and IntTune: A the landmark rows of W0, B its landmark columns, N from their block.
@@ -200,13 +185,7 @@ def init(
     return Weights(base_weight(W0, A, N, B, scaling) if residual else W0, A, N, B)
 
 
-def base_weight(
-    W0: Float[Tensor, "out in"],
-    A: Float[Tensor, "rank in"],
-    N: Float[Tensor, "rank rank"],
-    B: Float[Tensor, "out rank"],
-    scaling: float,
-) -> Float[Tensor, "out in"]:
+def base_weight(W0: OutIn, A: RankIn, N: RankRank, B: OutRank, scaling: float) -> OutIn:
     """The frozen weight W0 - s B N A (out, in) for the initial factors, so that W_base + s B N A = W0 (PiSSA's correction).
 
     Computed in at least float32 and rounded once to the dtype of `W0`.
@@ -225,10 +204,10 @@ def base_weight(
 
 def forward(
     x: Float[Tensor, "... in"],
-    W_base: Float[Tensor, "out in"],
-    A: Float[Tensor, "rank in"],
-    N: Float[Tensor, "rank rank"],
-    B: Float[Tensor, "out rank"],
+    W_base: OutIn,
+    A: RankIn,
+    N: RankRank,
+    B: OutRank,
     scaling: float,
     *,
     bias: Float[Tensor, " out"] | None = None,
@@ -246,21 +225,13 @@ def forward(
     return torch.addmm(_rows(frozen), _rows(hidden), B.mT, alpha=scaling).reshape(frozen.shape)
 
 
-def delta_weight(
-    A: Float[Tensor, "rank in"], N: Float[Tensor, "rank rank"], B: Float[Tensor, "out rank"], scaling: float
-) -> Float[Tensor, "out in"]:
+def delta_weight(A: RankIn, N: RankRank, B: OutRank, scaling: float) -> OutIn:
     """The update Delta W = s B N A (out, in). Raises ValueError if the shapes do not fit."""
     check_shapes(A=(A, "rank in"), N=(N, "rank rank"), B=(B, "out rank"))
     return scaling * (B @ N @ A)
 
 
-def merge(
-    W_base: Float[Tensor, "out in"],
-    A: Float[Tensor, "rank in"],
-    N: Float[Tensor, "rank rank"],
-    B: Float[Tensor, "out rank"],
-    scaling: float,
-) -> Float[Tensor, "out in"]:
+def merge(W_base: OutIn, A: RankIn, N: RankRank, B: OutRank, scaling: float) -> OutIn:
     """The merged weight W = W_base + s B N A (out, in).
 
     Raises:
@@ -271,22 +242,14 @@ def merge(
     return W_base + scaling * (B @ N @ A)
 
 
-def unmerge(
-    W: Float[Tensor, "out in"],
-    A: Float[Tensor, "rank in"],
-    N: Float[Tensor, "rank rank"],
-    B: Float[Tensor, "out rank"],
-    scaling: float,
-) -> Float[Tensor, "out in"]:
+def unmerge(W: OutIn, A: RankIn, N: RankRank, B: OutRank, scaling: float) -> OutIn:
     """The frozen weight W_base = W - s B N A (out, in) recovered from a merged one, up to rounding. Raises like `merge`."""
     check_shapes(W=(W, "out in"), A=(A, "rank in"), N=(N, "rank rank"), B=(B, "out rank"))
     check_finite(W=W, A=A, N=N, B=B)
     return W - scaling * (B @ N @ A)
 
 
-def gradients(
-    G: Float[Tensor, "out in"], A: Float[Tensor, "rank in"], N: Float[Tensor, "rank rank"], B: Float[Tensor, "out rank"], scaling: float
-) -> Gradients:
+def gradients(G: OutIn, A: RankIn, N: RankRank, B: OutRank, scaling: float) -> Gradients:
     """Gradients of the three factors from G = dL/dW (out, in). Raises ValueError if the shapes do not fit."""
     check_shapes(G=(G, "out in"), A=(A, "rank in"), N=(N, "rank rank"), B=(B, "out rank"))
     # dL = <G, s (dB N A + B dN A + B N dA)>; B^T G and G A^T are formed once
@@ -294,17 +257,7 @@ def gradients(
     return Gradients(grad_A=N.mT @ left, grad_N=left @ A.mT, grad_B=right @ N.mT)
 
 
-def sgd_step(
-    G: Float[Tensor, "out in"],
-    W_base: Float[Tensor, "out in"],
-    A: Float[Tensor, "rank in"],
-    N: Float[Tensor, "rank rank"],
-    B: Float[Tensor, "out rank"],
-    scaling: float,
-    *,
-    lr: float,
-    method: str = "nlora",
-) -> Weights:
+def sgd_step(G: OutIn, W_base: OutIn, A: RankIn, N: RankRank, B: OutRank, scaling: float, *, lr: float, method: str = "nlora") -> Weights:
     """One step of gradient descent from G = dL/dW: on all three factors, or for `method="inttune"` on N alone.
 
     What is not trained comes back as it is. Raises ValueError for another method than "nlora", "slora" and "inttune".
@@ -317,9 +270,7 @@ def sgd_step(
     return Weights(W_base, A - lr * grad_A, N - lr * grad_N, B - lr * grad_B)
 
 
-def fit_core(
-    target: Float[Tensor, "out in"], A: Float[Tensor, "rank in"], B: Float[Tensor, "out rank"], scaling: float
-) -> Float[Tensor, "rank rank"]:
+def fit_core(target: OutIn, A: RankIn, B: OutRank, scaling: float) -> RankRank:
     """The N for which s B N A is nearest to `target` in the Frobenius norm: the best that IntTune can do. The smallest, if several are.
 
     Raises:
@@ -334,26 +285,19 @@ def fit_core(
     return N.to(target.dtype)
 
 
-def export(A: Float[Tensor, "rank in"], N: Float[Tensor, "rank rank"], B: Float[Tensor, "out rank"]) -> lora.Factors:
+def export(A: RankIn, N: RankRank, B: OutRank) -> lora.Factors:
     """The same update in LoRA's format, N folded into B: A as it is and B N. The frozen weight must be `W_base`."""
     check_shapes(A=(A, "rank in"), N=(N, "rank rank"), B=(B, "out rank"))
     return lora.Factors(A=A, B=B @ N)
 
 
-def export_residual(
-    A: Float[Tensor, "rank in"],
-    N: Float[Tensor, "rank rank"],
-    B: Float[Tensor, "out rank"],
-    A0: Float[Tensor, "rank in"],
-    N0: Float[Tensor, "rank rank"],
-    B0: Float[Tensor, "out rank"],
-) -> Exported:
+def export_residual(A: RankIn, N: RankRank, B: OutRank, A0: RankIn, N0: RankRank, B0: OutRank) -> Exported:
     """What training from a residual start has added to W0, s (B N A - B0 N0 A0), as LoRA factors of twice the rank (PiSSA's trick)."""
     check_shapes(A=(A, "rank in"), N=(N, "rank rank"), B=(B, "out rank"), A0=(A0, "rank in"), N0=(N0, "rank rank"), B0=(B0, "out rank"))
     return Exported(A=torch.cat([A, A0]), B=torch.cat([B @ N, -B0 @ N0], dim=1))
 
 
-def num_trainable(W0: Float[Tensor, "out in"], *, rank: int, method: str = "nlora") -> int:
+def num_trainable(W0: OutIn, *, rank: int, method: str = "nlora") -> int:
     """Number of trainable parameters beside `W0`: rank (out + in) + rank^2, for "inttune" rank^2, for "lora" rank (out + in).
 
     Raises ValueError if `W0` is no floating-point matrix, `rank` is not in 1..min(out, in), or the method is unknown.
