@@ -5,6 +5,7 @@ The block in which the landmark rows and columns cross has singular values that 
 what is inverted is compared to the condition times rounding. Factors of least-squares laws have singular values in [0.5, 2].
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -600,9 +601,20 @@ def test_published_start(impl, case):
     start, (R, K, C) = impl.init(W0=case.W0, rank=case.rank), _blocks(case)
     for got, want, what in ((start.A, R, "A"), (start.N, K, "N"), (start.B, C, "B"), (start.W_base, case.W0, "the frozen weight")):
         assert_close(got, want, size=0, what=what)
-    blocks = impl.landmark_blocks(W0=case.W0, rank=case.rank) if impl.provides("landmark_blocks") else start
-    for got, want, what in ((blocks.A, R, "A"), (blocks.N, K, "N"), (blocks.B, C, "B")):
-        assert_close(got, want, size=0, what=f"{what} of the landmark blocks")
+
+
+@law(
+    "nlora.L8e",
+    says="Without given landmarks the blocks are those of the first rows and columns.",
+    formula=r"W_0[{:}r, :], \quad W_0[{:}r, {:}r], \quad W_0[:, {:}r]",
+    needs=("landmark_blocks",),
+    tolerance=0,
+    cases=landmarks(first=True),
+)
+def test_first_blocks(impl, case):
+    got, wanted = impl.landmark_blocks(W0=case.W0, rank=case.rank), _blocks(case)
+    for name, want in zip("ANB", wanted, strict=True):
+        assert_close(getattr(got, name), want, size=0, what=f"the block for {name}")
 
 
 @law(
@@ -628,7 +640,7 @@ def test_given_landmarks(impl, case):
     says="The start takes the given landmarks with either core.",
     formula=r"N = K \;(\mathrm{block}), \quad N K = I \;(\mathrm{pinv}), \quad K = W_0[I, J]",
     needs=("init.core", "init.rows", "init.cols"),
-    tolerance=8,
+    tolerance=64,
     cases=landmarks(),
 )
 def test_start_with_given_landmarks(impl, case):
@@ -723,7 +735,7 @@ def test_homogeneity(impl, case):
     says="Landmarks in another order: with pinv any, with block one order for rows and columns leaves the update; else block notices.",
     formula=r"B N A \mapsto B N A, \quad \text{but } C[:, \pi]\, K[:, \pi]\, R \ne C K R",
     needs=("init.core", "init.rows", "init.cols"),
-    tolerance=16,
+    tolerance=32,
     cases=landmarks(low=2),
 )
 def test_order_of_the_landmarks(impl, case):
@@ -792,7 +804,7 @@ def test_first_landmarks(impl, case):
     says="A badly conditioned block is inverted in full: no direction is cut off that is not asked for.",
     formula=r"\hat W[I, :] = W_0[I, :], \quad \kappa(K) = 10^3",
     needs=("nystrom_approx.rows", "nystrom_approx.cols", "init.core"),
-    tolerance=16,
+    tolerance=32,
     cases=landmarks(low=2, condition=1000.0),
 )
 def test_no_cut_off(impl, case):
@@ -900,7 +912,7 @@ def cuts(draw: st.DrawFn) -> Cut:
     says="Singular values of the block up to `rcond` times the largest are left out, and the others inverted.",
     formula=r"N = \sum_{\sigma_i > \mathrm{rcond}\, \sigma_1} \sigma_i^{-1} v_i u_i^\top",
     needs=("init.rcond", "init.core", "nystrom_approx.rcond", "nystrom_from_svd.rcond"),
-    tolerance=32,
+    tolerance=8,
     cases=cuts(),
 )
 def test_cut_off(impl, case):
@@ -971,7 +983,7 @@ def _best_core(case, rcond=None):
     says="The best middle factor for frozen A and B is the least-squares solution over its entries.",
     formula=r"N_\star = \arg\min_N \|s B N A - T\|_F = \tfrac1s B^+ T A^+",
     needs=("fit_core",),
-    tolerance=16,
+    tolerance=32,
     cases=fits(),
 )
 def test_best_core(impl, case):
@@ -1015,7 +1027,7 @@ def test_smallest_best_core(impl, case):
     formula=r"\|W_0 - C K^{-1} R\|_F^2 = \|W_0 - C N_\star R\|_F^2 + \|C (N_\star - K^{-1}) R\|_F^2",
     needs=("nystrom_approx.rows", "nystrom_approx.cols", "landmark_blocks.rows", "landmark_blocks.cols", "fit_core"),
     tolerance=16,
-    cases=landmarks(),
+    cases=landmarks(spare=1),
 )
 def test_error_splits(impl, case):
     approximation = impl.nystrom_approx(**_given(case))
@@ -1035,7 +1047,7 @@ class Worked(NamedTuple):
 @law(
     "nlora.L16",
     says="A worked example of rank 1, exact in every precision.",
-    formula=r"\begin{bmatrix} 2 & 4 \\ 6 & 8 \end{bmatrix} \mapsto \begin{bmatrix} 8 & 16 \\ 24 & 48 \end{bmatrix}, \; \begin{bmatrix} 2 & 4 \\ 6 & 12 \end{bmatrix}",
+    formula=r"W_0 = (2, 4;\, 6, 8): \quad B N A = (8, 16;\, 24, 48), \quad \hat W = (2, 4;\, 6, 12)",
     needs=("init.core", "init.residual", "nystrom_approx"),
     tolerance=4,
     cases=st.builds(Worked, st.builds(lambda: np.array([[2.0, 4.0], [6.0, 8.0]]))),
@@ -1058,7 +1070,7 @@ def test_worked_example(impl, case):
     "nlora.T1",
     says="Through a smooth loss the gradients of all three factors follow from that of the merged weight alone.",
     formula=r"\nabla_N L(W_{base} + sBNA) = s\, B^\top \nabla L(W)\, A^\top, \;\dots",
-    tolerance=1e7,  # central differences with step 1e-4: h^2 plus eps / h, about 1e-8
+    tolerance=1e6,  # central differences with step 1e-4: h^2 plus eps / h, about 1e-8
     cases=layers(high=4),
 )
 def test_chain_rule(case):
@@ -1090,7 +1102,7 @@ def test_zero_core_never_moves(case):
 
 @theorem(
     "nlora.T3",
-    says="What the approximation misses has just the rank that the weight has above an invertible block (Guttman): it is exact only without.",
+    says="What the approximation misses has just the rank that the weight has above an invertible block's (Guttman).",
     formula=r"\mathrm{rank}(W_0 - C K^{-1} R) = \mathrm{rank}\, W_0 - r",
     tolerance=64,
     cases=landmarks(condition=4.0, spare=1),
@@ -1118,7 +1130,7 @@ def test_hierarchy(case):
     tail = np.sqrt(np.sum(np.linalg.svd(case.W0, compute_uv=False)[case.rank :] ** 2))
     errors = (tail, np.linalg.norm(case.W0 - best), np.linalg.norm(case.W0 - C @ np.linalg.solve(K, R)))
     size, condition = _large(case)
-    for smaller, larger in zip(errors, errors[1:], strict=False):
+    for smaller, larger in pairwise(errors):
         what = "by how much the order is broken"
         assert_close(min(larger - smaller, 0.0), 0.0, size=size + np.linalg.norm(case.W0), conditioning=condition, what=what)
 
@@ -1139,7 +1151,7 @@ def positive(draw: st.DrawFn) -> Positive:
 
 @theorem(
     "nlora.T5",
-    says="Positive definite weight, the same landmarks on both sides: what is missed is positive, and its trace falls with each landmark more.",
+    says="Positive weight, the same landmarks on both sides: what is missed is positive, and its trace falls with each landmark.",
     formula=r"W_0 - C K^{-1} C^\top \succeq 0, \quad \mathrm{tr}\, \text{falls from } I \text{ to } I \cup \{i\}",
     tolerance=64,
     cases=positive(),
