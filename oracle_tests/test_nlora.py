@@ -692,9 +692,20 @@ def test_residual_start(impl, case):
         plain = impl.init(scaling=case.scaling, core=core, residual=False, **_given(case))
         for name in "ANB":
             assert_close(getattr(start, name), getattr(plain, name), size=0, what=f"{name} with and without the correction, for {core}")
-    default = impl.init(residual=True, **_given(case))
-    size = np.abs(case.W0) + _sum(default.A, default.N, default.B, 1.0)[1]
-    assert_close(default.W_base + default.B @ default.N @ default.A, case.W0, size=size, what="W_base + B N A without a scaling")
+
+
+@law(
+    "nlora.L7c",
+    says="Without a scaling the correction is made for s = 1.",
+    formula=r"W_{base} + B N A = W_0",
+    needs=("init.residual",),
+    tolerance=16,
+    cases=landmarks(),
+)
+def test_residual_start_without_a_scaling(impl, case):
+    start = impl.init(W0=case.W0, rank=case.rank, residual=True)
+    size = np.abs(case.W0) + _sum(start.A, start.N, start.B, 1.0)[1]
+    assert_close(start.W_base + start.B @ start.N @ start.A, case.W0, size=size, what="W_base + B N A")
 
 
 @law(
@@ -901,8 +912,8 @@ def cuts(draw: st.DrawFn) -> Cut:
     rank, seed = draw(st.integers(2, 4)), draw(seeds())
     matrices, kept = Matrices(seed), draw(st.integers(1, rank - 1))
     W0 = matrices(rank + draw(st.integers(0, 3)), rank + draw(st.integers(0, 3)))
-    # The largest is 4, so that a cut-off of the values themselves, not of their quotients, cuts elsewhere
-    values = np.where(np.arange(rank) < kept, np.linspace(4.0, 1.6, rank), 0.8)
+    # A cut-off of the values themselves or of their squares, not of their quotients, would cut elsewhere
+    values = np.concatenate([np.linspace(4.0, 1.6, kept), np.full(rank - kept, 0.8)])
     W0[:rank, :rank] = matrices.with_spectrum(rank, rank, values)
     return Cut(W0, rank, 0.3, kept)
 
