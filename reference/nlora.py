@@ -401,7 +401,7 @@ def _landmarks(name: str, given: Tensor | None, rank: int, W0: Tensor, axis: int
     whole = isinstance(given, Tensor) and not given.is_floating_point() and not given.is_complex() and given.dtype != torch.bool
     if not whole or given.shape != (rank,) or len(set(given.tolist()) & set(range(size))) != rank:
         raise ValueError(f"{name} is {given!r}; needed a tensor of {rank} different whole numbers from 0 to {size - 1}")
-    return given.to(W0.device)
+    return given.to(W0.device, torch.int64)  # torch takes uint8 for a mask
 
 
 def _working(tensor: Tensor) -> Tensor:
