@@ -39,7 +39,9 @@ def layer_functions(module):
     """The contract by the start, forward, merge and autograd of the layer `SLoRALinear`."""
 
     def layer_of(W_base, A, N, B, scaling, bias=None, method="nlora"):
-        layer = module.SLoRALinear(_linear(W_base, bias), rank=len(A), alpha=scaling * len(A), method=method)
+        # The start, which SLoRA draws, is overwritten
+        options = {"method": method, "generator": torch.Generator()}
+        layer = module.SLoRALinear(_linear(W_base, bias), rank=len(A), alpha=scaling * len(A), **options)
         for name, factor in (("A", A), ("N", N), ("B", B)):
             layer.get_parameter(name).data.copy_(factor)
         return layer
