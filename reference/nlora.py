@@ -197,7 +197,8 @@ def base_weight(W0: OutIn, A: RankIn, N: RankRank, B: OutRank, scaling: float) -
     check_finite(W0=W0, A=A, N=N, B=B)
     if not math.isfinite(scaling):
         raise ValueError(f"scaling is {scaling!r}; needed a finite number")
-    W_base = (_working(W0) - scaling * (_working(B) @ _working(N) @ _working(A))).to(W0.dtype)
+    # W_base = W0 - s B N A; the difference has the wider of the two precisions
+    W_base = (W0 - scaling * (_working(B) @ _working(N) @ _working(A))).to(W0.dtype)
     check_finite(W_base=W_base)
     return W_base
 
@@ -339,7 +340,7 @@ class SLoRALinear(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout!r}; needed a probability from 0 to below 1")
         self.base, self.scaling, self.dropout, self.merged = base.requires_grad_(False), scaling_factor(alpha, rank), dropout, False
-        W0 = base.weight.detach()
+        W0 = base.weight
         if method == "slora":
             start = Weights(W0, *init_slora(W0, rank=rank, core=core or "kaiming", generator=generator))
         else:

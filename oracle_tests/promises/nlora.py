@@ -119,7 +119,7 @@ def rank_is_in_range(module):
 @promise("Landmarks are as many different whole numbers within the weight as the rank; anything else is refused by name.", of="_landmarks")
 def landmarks_fit(module):
     W0 = _randn(4, 6)
-    bad = ([0], [0, 1, 2], [1, 1], [0, -1], [[0, 1]], [0.0, 1.0], [True, False], [0j, 1j])
+    bad = ([0], [0, 1, 2], [1, 1], [0, -1], [[0, 1]], [0.0, 1.0], [True, False], [0j, 1 + 0j])
     for name, outside in (("rows", 4), ("cols", 6)):
         for given in (*bad, [0, outside]):
             for function in (module.landmark_blocks, module.init, module.nystrom_approx):
@@ -150,6 +150,7 @@ def singular_block(module):
         function(rank=2, rows=torch.tensor([0, 3]))
     assert module.init(W0, rank=2).N.shape == (2, 2)
     refuses(module.nystrom_from_svd, "rcond", W0, rank=2)
+    refuses(lambda: module.SLoRALinear(_linear(W0), rank=2, alpha=2.0, core="pinv"), "rcond")
 
 
 @promise(
@@ -249,6 +250,13 @@ def half_precision(module):
         assert torch.equal(module.fit_core(W0, A, B, 1.5), module.fit_core(W0.float(), A.float(), B.float(), 1.5).to(dtype))
         for function in (module.nystrom_approx, module.nystrom_from_svd):
             assert torch.equal(function(W0, rank=2), function(W0.float(), rank=2).to(dtype))
+
+
+@promise("A mask without a probability drops entries and divides by nothing.", of="forward")
+def probability_is_zero_by_default(module):
+    x, W, A, N, B = (_randn(*shape) for shape in ((7, 3), (4, 3), (2, 3), (2, 2), (4, 2)))
+    mask = torch.rand(7, 3) < 0.5
+    assert torch.allclose(module.forward(x, W, A, N, B, 2.0, mask=mask), x @ W.T + 2.0 * (x * mask) @ A.T @ N.T @ B.T)
 
 
 # The layer
