@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from . import lora
 from ._checks import check_choice, check_finite, check_rank, check_shapes
+from ._linalg import working
 from ._paper import Paper
 from .lora import _drop, _rows, draw_mask, scaling_factor
 
@@ -138,7 +139,7 @@ def nystrom_approx(W0: OutIn, *, rank: int, rows: Index | None = None, cols: Ind
 
     Errors and options as in `init` with `core="pinv"`.
     """
-    R, K, C = map(_working, landmark_blocks(W0, rank=rank, rows=rows, cols=cols))
+    R, K, C = map(working, landmark_blocks(W0, rank=rank, rows=rows, cols=cols))
     # W_hat = C K^+ R
     return (C @ (_inverse(K, rcond) @ R)).to(W0.dtype)
 
@@ -148,7 +149,7 @@ def nystrom_from_svd(W0: OutIn, *, rank: int, rows: Index | None = None, cols: I
 
     Errors and options as in `nystrom_approx`.
     """
-    R, K, C = map(_working, landmark_blocks(W0, rank=rank, rows=rows, cols=cols))
+    R, K, C = map(working, landmark_blocks(W0, rank=rank, rows=rows, cols=cols))
     # Section on Nystroem: K = U L H^T; U_hat = [U; F H L^-1] = C H L^-1, V_hat = [H; B^T U L^-1] = R^T U L^-1
     U, L, Hh, inverse = _block_svd(K, rcond)
     U_hat, V_hat = C @ Hh.mT * inverse, R.mT @ U * inverse
@@ -181,7 +182,7 @@ def init(
     check_choice("core", core, CORES)
     A, N, B = landmark_blocks(W0, rank=rank, rows=rows, cols=cols)
     if core == "pinv":
-        N = _inverse(_working(N), rcond).to(W0.dtype)
+        N = _inverse(working(N), rcond).to(W0.dtype)
     return Weights(base_weight(W0, A, N, B, scaling) if residual else W0, A, N, B)
 
 
@@ -198,7 +199,7 @@ def base_weight(W0: OutIn, A: RankIn, N: RankRank, B: OutRank, scaling: float) -
     if not math.isfinite(scaling):
         raise ValueError(f"scaling is {scaling!r}; needed a finite number")
     # W_base = W0 - s B N A; the difference has the wider of the two precisions
-    W_base = (W0 - scaling * (_working(B) @ _working(N) @ _working(A))).to(W0.dtype)
+    W_base = (W0 - scaling * (working(B) @ working(N) @ working(A))).to(W0.dtype)
     check_finite(W_base=W_base)
     return W_base
 
@@ -282,7 +283,7 @@ def fit_core(target: OutIn, A: RankIn, B: OutRank, scaling: float) -> RankRank:
     if scaling == 0 or not math.isfinite(scaling):
         raise ValueError(f"scaling is {scaling!r}; needed a finite number that is not zero")
     # N = 1/s B^+ T A^+
-    N: Tensor = torch.linalg.pinv(_working(B)) @ _working(target) @ torch.linalg.pinv(_working(A)) / scaling
+    N: Tensor = torch.linalg.pinv(working(B)) @ working(target) @ torch.linalg.pinv(working(A)) / scaling
     return N.to(target.dtype)
 
 
@@ -314,7 +315,8 @@ class SLoRALinear(nn.Module):
     `method` is "nlora" (default), "slora" or "inttune": how the factors start and whether A and B are trained. `core`, by default
     "block", is the one of `init` or, for "slora" (by default "kaiming"), of `init_slora`; `generator` is for "slora" alone,
     `residual`, `rows`, `cols` and `rcond` are for the others. The weight of `base` is frozen in place, and corrected in place with
-    `residual=True`. `dropout` (default 0) acts on the adapter's input, in training only.
+    `residual=True`. `dropout` (default 0) acts on the adapter's input, in training only. The factors
+    may be made more precise than the weight, as in `lora.LoRALinear`: used in the precision of x, trained and merged in their own.
 
     Raises:
         ValueError: as in `init` or `init_slora`, `method` is unknown, or `dropout` is not in [0, 1).
@@ -356,20 +358,21 @@ class SLoRALinear(nn.Module):
         if self.merged:
             return nn.functional.linear(x, self.base.weight, self.base.bias)
         mask = draw_mask(x, p=self.dropout) if self.training and self.dropout > 0 else None
-        return forward(x, self.base.weight, self.A, self.N, self.B, self.scaling, bias=self.base.bias, mask=mask, p=self.dropout)
+        A, N, B = (factor.to(x.dtype) for factor in (self.A, self.N, self.B))
+        return forward(x, self.base.weight, A, N, B, self.scaling, bias=self.base.bias, mask=mask, p=self.dropout)
 
     @torch.no_grad()
     def merge(self) -> None:
         """Add s B N A to the base weight, after which the layer costs what `base` costs. Merging twice does nothing."""
         if not self.merged:
-            self.base.weight.copy_(merge(self.base.weight, self.A, self.N, self.B, self.scaling))
+            self.base.weight.copy_(merge(self.base.weight.to(self.A.dtype), self.A, self.N, self.B, self.scaling))
             self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Take s B N A out of the base weight again, up to rounding. Does nothing if the layer is not merged."""
         if self.merged:
-            self.base.weight.copy_(unmerge(self.base.weight, self.A, self.N, self.B, self.scaling))
+            self.base.weight.copy_(unmerge(self.base.weight.to(self.A.dtype), self.A, self.N, self.B, self.scaling))
             self.merged = False
 
 
@@ -403,11 +406,6 @@ def _landmarks(name: str, given: Tensor | None, rank: int, W0: Tensor, axis: int
     if not whole or given.shape != (rank,) or len(set(given.tolist()) & set(range(size))) != rank:
         raise ValueError(f"{name} is {given!r}; needed a tensor of {rank} different whole numbers from 0 to {size - 1}")
     return given.to(W0.device, torch.int64)  # torch takes uint8 for a mask
-
-
-def _working(tensor: Tensor) -> Tensor:
-    """The tensor in the precision of the linear algebra: float32 for half precision, else its own."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 if __name__ == "__main__":

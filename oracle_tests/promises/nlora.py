@@ -131,7 +131,8 @@ def landmarks_fit(module):
 
 
 @promise(
-    "A landmark block that cannot be inverted is refused, its smallest singular value and the ways out in the message.", of="_block_svd"
+    "A landmark block that cannot be inverted is refused, its smallest singular value and the ways out in the message.",
+    of=("_block_svd", "init", "nystrom_approx", "nystrom_from_svd", "SLoRALinear"),
 )
 def singular_block(module):
     W0 = _randn(5, 6)
@@ -239,7 +240,10 @@ def draws_from_the_global_generator(module):
         assert {factor.dtype for factor in module.init_slora(W0.to(dtype), rank=2)} == {dtype}
 
 
-@promise("In half precision inverses, corrections and fits are made in float32 and rounded once.", of="_working")
+@promise(
+    "In half precision inverses, corrections and fits are made in float32 and rounded once.",
+    of=("init", "base_weight", "fit_core", "nystrom_approx", "nystrom_from_svd"),
+)
 def half_precision(module):
     for dtype in (torch.float16, torch.bfloat16):
         W0 = _randn(6, 7).to(dtype)
@@ -372,3 +376,20 @@ def layer_draws_nothing_otherwise(module):
         y = layer(x)
         assert torch.equal(torch.get_rng_state(), state), "the global generator has moved"
         assert torch.allclose(y, layer.base(x) + layer.scaling * x @ layer.A.T @ layer.N.T @ layer.B.T)
+
+
+@promise("Float32 factors beside a bfloat16 weight are used in bfloat16, and trained and merged in float32.", of="SLoRALinear")
+def factors_may_be_more_precise(module):
+    layer, x = module.SLoRALinear(_linear(_randn(4, 3).bfloat16()), rank=2, alpha=3.0), torch.randn(5, 3, dtype=torch.bfloat16)
+    for factor in (layer.A, layer.N, layer.B):
+        factor.data = torch.randn(factor.shape)
+    y, weight = layer(x), layer.base.weight.clone()
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert layer.A.grad.dtype == layer.N.grad.dtype == layer.B.grad.dtype == torch.float32
+    change = layer.scaling * layer.B @ layer.N @ layer.A
+    layer.merge()
+    assert torch.equal(layer.base.weight, (weight + change).bfloat16())
+    merged = layer.base.weight.clone()
+    layer.unmerge()
+    assert torch.equal(layer.base.weight, (merged - change).bfloat16())

@@ -334,7 +334,7 @@ def run_start(config: Config, trial: Trial) -> Measurements:
     pretrained = Stack(task.models, trial.device)
     kept = _accuracies(pretrained(pretrained.trainable, task.old_x), task.labels)
     measured.add("pretrained", kept=kept)
-    cases = {f"block_{rank}": (rank, {"core": "block"}) for rank in config.start_ranks}
+    cases: dict[str, tuple[int, dict[str, Any]]] = {f"block_{rank}": (rank, {"core": "block"}) for rank in config.start_ranks}
     cases[f"pinv_{config.rank}"] = (config.rank, {"core": "pinv"})
     cases |= {f"{core}_{config.rank}_corrected": (config.rank, {"core": core, "residual": True}) for core in ("block", "pinv")}
     for name, (rank, options) in cases.items():
