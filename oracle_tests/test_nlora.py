@@ -473,11 +473,11 @@ def test_first_step_of_slora(impl, case):
     assert_close(moved, want, size=size, what="Delta W after the first step")
 
 
-def _assert_uniform(values, bound, what, eps):
+def _assert_uniform(values, bound, what):
     """Assert that 480 or more numbers look uniform within the bound, with a false alarm below 1e-6."""
     u = values / bound
-    # The bound itself may be rounded up
-    assert np.abs(u).max() <= 1 + eps, f"{what} has an entry {np.abs(u).max():.3g} times its bound {bound:.3g}"
+    beyond = np.maximum(np.abs(values) - bound, 0)  # the bound itself may be rounded up
+    assert_close(beyond, 0 * values, size=bound, what=f"what {what} has beyond its bound {bound:.3g}")
     # All of 480 stay below 0.95 with probability 2e-11
     assert np.abs(u).max() > 0.95, f"none of the {u.size} entries of {what} is near its bound {bound:.3g}"
     assert_close(u.mean(), 0.0, within=7 / np.sqrt(3 * u.size), what=f"mean of {what} over its bound")
@@ -498,14 +498,14 @@ def _assert_normal(values, width, what):
     says="Unless told otherwise A is uniform within one over the root of `in`, N within one over the root of the rank.",
     formula=r"A_{ij} \sim U(\pm 1/\sqrt n), \quad N_{ij} \sim U(\pm 1/\sqrt r)",
     needs=("init_slora.generator",),
-    tolerance=0,
+    tolerance=2,
     cases=draws(large=True),
     examples=6,
 )
 def test_draws_of_slora(impl, case):
     A, N, _ = impl.init_slora(W0=case.W0, rank=case.rank, generator=case.seed)
-    _assert_uniform(A, 1 / np.sqrt(case.W0.shape[1]), "A", impl.eps)
-    _assert_uniform(N, 1 / np.sqrt(case.rank), "N", impl.eps)
+    _assert_uniform(A, 1 / np.sqrt(case.W0.shape[1]), "A")
+    _assert_uniform(N, 1 / np.sqrt(case.rank), "N")
     count = min(A.size, N.size)
     alike = np.corrcoef(A.ravel()[:count], N.ravel()[:count])[0, 1]
     assert abs(alike) < 7 / np.sqrt(count), f"A and N are drawn from the same numbers: their correlation is {alike:.2f}"
@@ -516,7 +516,7 @@ def test_draws_of_slora(impl, case):
     says="Each of A and N may be Gaussian instead, of width 1 / rank; a seed repeats both.",
     formula=r"A_{ij}, N_{ij} \sim \mathcal N(0, 1/r^2)",
     needs=("init_slora.generator", "init_slora.distribution", "init_slora.core"),
-    tolerance=0,
+    tolerance=2,
     cases=draws(large=True),
     examples=6,
 )
@@ -527,9 +527,9 @@ def test_gaussian_draws_of_slora(impl, case):
         A, N, _ = impl.init_slora(generator=case.seed, **options, **words)
         if distribution == "gaussian":
             _assert_normal(A, 1 / case.rank, "A")
-            _assert_uniform(N, 1 / np.sqrt(case.rank), "N", impl.eps)
+            _assert_uniform(N, 1 / np.sqrt(case.rank), "N")
         else:
-            _assert_uniform(A, 1 / np.sqrt(case.W0.shape[1]), "A", impl.eps)
+            _assert_uniform(A, 1 / np.sqrt(case.W0.shape[1]), "A")
             _assert_normal(N, 1 / case.rank, "N")
         again = impl.init_slora(generator=case.seed, **options, **words)
         other = impl.init_slora(generator=case.seed + 1, **options, **words)
@@ -888,7 +888,7 @@ def low_rank(draw: st.DrawFn) -> LowRank:
 )
 def test_exactness(impl, case):
     R, K, C = _blocks(case)
-    cut = float(np.sqrt(impl.eps))  # between the values that are there and the rounding of those that are zero
+    cut = 0.02  # the values that are there are at least 1/16 of the largest, the others rounding
     values = np.linalg.svd(K, compute_uv=False)
     smallest = values[values > cut * values[0]].min()
     size, condition = np.linalg.norm(C, 2) * np.linalg.norm(R, 2) / smallest, values[0] / smallest
