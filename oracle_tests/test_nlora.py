@@ -999,7 +999,7 @@ def _best_core(case, rcond=None):
 )
 def test_best_core(impl, case):
     want, size, condition = _best_core(case)
-    assert_close(impl.fit_core(**case._asdict()), want, size=size, conditioning=condition, what="the best N")
+    assert_close(impl.fit_core(**_of(case, "target", "A", "B", "scaling")), want, size=size, conditioning=condition, what="the best N")
 
 
 @law(
@@ -1012,7 +1012,7 @@ def test_best_core(impl, case):
 )
 def test_gradient_at_the_best_core(impl, case):
     A, B, s = case.A, case.B, case.scaling
-    N = impl.fit_core(**case._asdict())
+    N = impl.fit_core(**_of(case, "target", "A", "B", "scaling"))
     g = impl.gradients(G=s * B @ N @ A - case.target, A=A, N=N, B=B, scaling=s)
     size = s * np.linalg.norm(A, 2) * np.linalg.norm(B, 2) * np.linalg.norm(case.target)
     condition = np.linalg.cond(A) * np.linalg.cond(B)
@@ -1029,7 +1029,9 @@ def test_gradient_at_the_best_core(impl, case):
 )
 def test_smallest_best_core(impl, case):
     want, size, condition = _best_core(case, rcond=1e-6)
-    assert_close(impl.fit_core(**case._asdict()), want, size=size, conditioning=condition, what="the smallest best N")
+    assert_close(
+        impl.fit_core(**_of(case, "target", "A", "B", "scaling")), want, size=size, conditioning=condition, what="the smallest best N"
+    )
 
 
 @law(
