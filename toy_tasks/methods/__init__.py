@@ -58,6 +58,10 @@ class Method:
         """AdamW on everything that is trained; a paper with an optimizer of its own gives that."""
         return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
 
+    def trained(self, model: nn.Module, *, weight_decay: float = 0.0) -> dict[str, Tensor]:
+        """The tensors that a step of the optimizer changes, by name: what a checkpoint has to hold."""
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
     def layers(self, model: nn.Module) -> dict[str, Any]:
         """The adapted layers by name, in the model's order."""
         return {name: module for name, module in model.named_modules() if isinstance(module, self.layer)}
