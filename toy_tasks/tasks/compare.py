@@ -147,7 +147,7 @@ def make_digits(config: Config, trial: Trial, *, tuning: bool) -> Problem:
 
     @torch.no_grad()
     def accuracy(digits: Digits, i: int, model: nn.Module) -> float:
-        return (model(digits.test_x[i]).argmax(dim=1) == digits.test_y[i]).double().mean().item()
+        return float((model(digits.test_x[i]).argmax(dim=1) == digits.test_y[i]).double().mean())
 
     def measure(i: int, model: nn.Module) -> tuple[float, ...]:
         return accuracy(turned, i, model), before[i].item() - accuracy(upright, i, model)
@@ -245,7 +245,7 @@ class _Race:
                 else:
                     yield model
                     continue
-            except torch.linalg.LinAlgError:
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # it is documented
                 pass
             yield None
 
@@ -260,7 +260,7 @@ class _Race:
                     column.append(math.inf if model is None else problem.error(model(problem.held_out[i].x), problem.held_out[i].y).item())
                 tick()
             columns.append(column)
-        return torch.tensor(columns, dtype=torch.double).T.nan_to_num(nan=math.inf)
+        return torch.tensor(columns, dtype=torch.double).T.nan_to_num(nan=math.inf, posinf=math.inf)
 
     def report(self, method: Method, rank: int, lr: float, tick: Callable[[], None]) -> dict[str, list[float]]:
         """What is reported of a method, one number for each reporting seed; NaN where training failed."""
@@ -370,7 +370,7 @@ def _cells(results: Results, part: str, regime: str, name: str, label: str) -> l
     own = {quantity: results.metrics.get(f"{part}.{variant}.{quantity}") for quantity in QUANTITIES}
     lr = results.metrics[f"{part}.{variant}.lr"].values[0]
     result = own[SHOWN[part][1]]
-    difference = result and result.difference
+    difference = result.difference if result else None
     return [
         label,
         "" if name == REFERENCE else as_text(own["rank"]),
@@ -409,6 +409,5 @@ def figure(results: Results) -> Figure:
             if mean is not None:
                 ax.axvline(mean, color="black", linestyle=style, linewidth=0.8, zorder=0)
         ax.set(xlabel=title)
-    axes[0].set_xscale("log")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return fig
