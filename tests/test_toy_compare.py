@@ -58,7 +58,7 @@ def test_every_method_takes_part_but_lora_s_twin():
 def test_every_entrant_is_measured_at_the_same_rank_and_once_more_where_its_count_differs(request, quick_run, part, which):
     results = quick_run("compare") if which == "quick" else request.getfixturevalue("published")
     variants = {name.split(".")[1] for name in results.metrics if name.startswith(f"{part}.")}
-    assert {name.removesuffix("_equal_count") for name in variants} == set(ENTRANTS)
+    assert {name.removesuffix("_equal_count") for name in variants} == set(ENTRANTS), "run `loracle toy compare` and publish its results"
     assert {constant(results, f"{part}.{name}.rank") for name in ENTRANTS} == {results.config["rank"]}
     wanted = constant(results, f"{part}.lora.parameters")
     for name in ENTRANTS:

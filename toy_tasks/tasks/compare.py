@@ -324,10 +324,16 @@ class Section(NamedTuple):
 def sections(results: Results) -> list[Section]:
     """The table that the comparison is about."""
     return [
-        Section(f"{task}, {regime}", [_cells(results, part, regime, name, entrant.label) for name, entrant in entrants().items()])
+        Section(f"{task}, {regime}", [_cells(results, part, regime, name, label) for name, label in find_labels(results).items()])
         for part, (task, *_) in SHOWN.items()
         for regime in REGIMES
     ]
+
+
+def find_labels(results: Results) -> dict[str, str]:
+    """The labels of the entrants that were measured, by name."""
+    found, measured = entrants(), dict.fromkeys(name.split(".")[1].removesuffix(f"_{EQUAL_COUNT}") for name in results.metrics)
+    return {name: found[name].label if name in found else name for name in measured}
 
 
 def notes(results: Results) -> list[str]:
@@ -396,14 +402,14 @@ def _verdict(difference: Difference | None, good: int) -> str:
 
 def figure(results: Results) -> Figure:
     """Three panels, a line for each method: test loss of the layer, accuracy on turned digits, forgetting of upright ones."""
-    labels = [entrant.label for entrant in entrants().values()]
+    labels = find_labels(results)
     panels = [(part, quantity, title) for part, (_, quantity, title, _) in SHOWN.items()]
     panels.append(("digits", "forgetting", "forgetting of upright digits"))
     fig, axes = plotting.make_figure(3, QUESTION, height=1.4 + 0.34 * len(labels))
     for ax, (part, quantity, title) in zip(axes, panels, strict=True):
-        variants = {regime: [find_variant(results, part, regime, name) for name in entrants()] for regime in REGIMES}
+        variants = {regime: [find_variant(results, part, regime, name) for name in labels] for regime in REGIMES}
         groups = {regime: [results.metrics[f"{part}.{name}.{quantity}"] for name in names] for regime, names in variants.items()}
-        plotting.draw_rows(ax, labels if ax is axes[0] else [""] * len(labels), groups)
+        plotting.draw_rows(ax, list(labels.values()) if ax is axes[0] else [""] * len(labels), groups)
         for name, style in ((BASELINE, "-"), (REFERENCE, "--")):
             mean = results.metrics[f"{part}.{name}.{quantity}"].mean
             if mean is not None:
