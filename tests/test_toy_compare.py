@@ -64,8 +64,8 @@ def test_every_entrant_is_measured_at_the_same_rank_and_once_more_where_its_coun
     for name in ENTRANTS:
         if f"{name}_equal_count" in variants:
             at_equal_rank, nearer = (constant(results, f"{part}.{variant}.parameters") for variant in (name, f"{name}_equal_count"))
-            assert nearer != at_equal_rank
-            assert at_equal_rank > wanted or at_equal_rank < nearer <= wanted
+            assert abs(nearer - wanted) < abs(at_equal_rank - wanted)
+            assert nearer <= 1.1 * wanted or nearer < at_equal_rank
 
 
 # --- what is tuned ---
@@ -158,8 +158,18 @@ def test_the_published_counts_of_lora_and_full_fine_tuning_are_those_of_their_sh
     assert constant(published, "digits.full.parameters") == (64 + hidden) * hidden
 
 
-@pytest.mark.parametrize(("counts", "rank"), [({2: 60, 5: 99, 6: 101}, 5), ({2: 300, 5: 120, 6: 110}, 6), ({4: 7, 5: 7}, 4), ({9: 100}, 9)])
-def test_equal_count_takes_the_most_that_does_not_exceed_and_else_the_least(layer, counts, rank, monkeypatch):
+@pytest.mark.parametrize(
+    ("counts", "rank"),
+    [
+        ({2: 60, 5: 99, 6: 102}, 5),
+        ({5: 93, 6: 105}, 6),
+        ({5: 85, 6: 111}, 5),
+        ({2: 300, 5: 120, 6: 111}, 6),
+        ({4: 7, 5: 7}, 4),
+        ({9: 100}, 9),
+    ],
+)
+def test_equal_count_takes_the_nearest_up_to_a_tenth_above_and_else_the_least(layer, counts, rank, monkeypatch):
     def count(method, problem, rank, config):
         if rank not in counts and rank != QUICK.rank:
             raise ValueError("no such rank")

@@ -32,7 +32,7 @@ QUESTION = "Which method learns most, and forgets least, when all are treated al
 BASELINE, REFERENCE = "lora", "full"
 REFERENCE_ROOM = Method.__module__.replace("toy_tasks.methods", "reference")
 EQUAL_COUNT = "equal_count"
-FAR = 0.1  # a number of trained parameters further than this share from LoRA's is marked
+FAR = 0.1  # numbers of trained parameters that differ by no more than this share count as equal
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def num_trainable(method: Method, problem: Problem, rank: int, config: Config) -
 
 
 def equal_count_rank(method: Method, problem: Problem, config: Config, wanted: int) -> int:
-    """The rank at which a method trains `wanted` numbers, or the most below it, or, if it has more at every rank, the fewest.
+    """The rank whose number of trained parameters is nearest to `wanted` and not more than a tenth above, else the fewest above.
 
     Among equals the config's rank is preferred, then the smallest.
     """
@@ -213,7 +213,7 @@ def equal_count_rank(method: Method, problem: Problem, config: Config, wanted: i
         for rank in range(1, min(config.layer_out, config.layer_in, 64, config.digits_hidden) + 1):
             with contextlib.suppress(ValueError):  # not every method has every rank
                 counts[rank] = num_trainable(method, problem, rank, config)
-    return min(counts, key=lambda rank: (counts[rank] > wanted, abs(counts[rank] - wanted)))
+    return min(counts, key=lambda rank: (counts[rank] > (1 + FAR) * wanted, abs(counts[rank] - wanted)))
 
 
 class _Race:
@@ -343,7 +343,7 @@ def notes(results: Results) -> list[str]:
     edges = [name.replace("_", " ").replace(".", ": ") for name in find_edges(results)]
     return [
         *(f"{title}: the result is {result}." for title, _, result, _ in SHOWN.values()),
-        f"* trains {FAR:.0%} more or fewer numbers than LoRA, or further off: it has no nearer rank, or the rank is fixed.",
+        f"* differs from LoRA in the number of trained parameters by more than {FAR:.0%}; under equal count no rank comes nearer.",
         "better, worse: the whole 95 % interval of the paired difference to LoRA lies on that side of zero.",
         f"Tuning runs of every row: {' and '.join(f'{count:.0f}' for count in sorted(map(float, filter(None, runs))))}, "
         f"at the learning rates {', '.join(f'{as_lr(rate):g}' for rate in config.rates)}.",
