@@ -344,7 +344,7 @@ def notes(results: Results) -> list[str]:
     return [
         *(f"{title}: the result is {result}." for title, _, result, _ in SHOWN.values()),
         f"* differs from LoRA in the number of trained parameters by more than {FAR:.0%}; under equal count no rank comes nearer.",
-        "better, worse: the whole 95 % interval of the paired difference to LoRA lies on that side of zero.",
+        "better, worse: the whole 95 % interval of the paired difference to LoRA lies on that side, and is not 0.000.",
         f"Tuning runs of every row: {' and '.join(f'{count:.0f}' for count in sorted(map(float, filter(None, runs))))}, "
         f"at the learning rates {', '.join(f'{as_lr(rate):g}' for rate in config.rates)}.",
         f"Best at the smallest or largest learning rate: {', '.join(edges) or 'none'}.",
@@ -390,14 +390,14 @@ def _cells(results: Results, part: str, regime: str, name: str, label: str) -> l
 
 
 def _verdict(difference: Difference | None, good: int) -> str:
-    """Whether the whole interval of a difference lies on one side of zero."""
+    """Whether the whole interval of a difference lies on one side of zero, and the difference is not zero in three digits."""
     if difference is None:
         return ""
-    if difference.low is None or difference.high is None:
+    if difference.mean is None or difference.low is None or difference.high is None:
         return "worse"  # some seed has no finite result
-    if difference.low <= 0 <= difference.high:
+    if difference.low <= 0 <= difference.high or abs(difference.mean) < 0.0005:
         return "-"
-    return "better" if difference.low * good > 0 else "worse"
+    return "better" if difference.mean * good > 0 else "worse"
 
 
 def figure(results: Results) -> Figure:
