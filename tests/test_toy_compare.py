@@ -334,7 +334,7 @@ def test_help_teaches_with_examples():
     assert "0 to N-1; with --quick 3" in done.output
 
 
-@pytest.mark.parametrize("override", ["rank=0", "rank=25", "rates=[]", "rates=100,10", "rates=0", "tuning_seeds=0"])
+@pytest.mark.parametrize("override", ["rank=0", "rank=25", "rates=[]", "rates=100,10", "rates=0", "tuning_seeds=0", "digits_test=1798"])
 def test_settings_that_do_not_fit_are_refused(override):
     with pytest.raises(UsageError):
         experiment.load("compare", overrides=[override])

@@ -68,6 +68,8 @@ class Config:
             raise ValueError(f"rates are {list(self.rates)}; needed one or more whole numbers from 1, in increasing order")
         if self.tuning_seeds < 1:
             raise ValueError(f"tuning_seeds is {self.tuning_seeds}; needed 1 or more")
+        if (digits := self.digits_train + self.digits_validation + self.digits_test) > 1797:
+            raise ValueError(f"digits_train, digits_validation and digits_test are {digits} together; there are 1797")
 
 
 QUANTITIES = {
@@ -216,6 +218,23 @@ def equal_count_rank(method: Method, problem: Problem, config: Config, wanted: i
     return min(counts, key=lambda rank: (counts[rank] > (1 + FAR) * wanted, abs(counts[rank] - wanted)))
 
 
+def _train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, error: Callable[[Tensor, Tensor], Tensor], samples: Samples, steps: int
+) -> bool:
+    """Train with all samples at once; False if the loss, or a factorisation in the optimizer, was not finite."""
+    for _ in range(steps):
+        loss = error(model(samples.x), samples.y)
+        if not loss.isfinite():
+            return False
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        try:
+            optimizer.step()
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # it is documented
+            return False
+    return True
+
+
 class _Race:
     """One task: tuning and reporting seeds, and a count of the runs."""
 
@@ -231,23 +250,8 @@ class _Race:
         """The trained model of every seed of a trial, None if its loss or a factorisation in its optimizer was not finite."""
         problem = self.problems[trial]
         for i, generator in enumerate(trial.generators(stream=1)):
-            x, y = problem.train[i]
             model = attach(method, problem, i, rank, lr, self.config, generator)
-            optimizer = method.optimizer(model, lr=lr)
-            try:
-                for _ in range(self.steps):
-                    loss = problem.error(model(x), y)
-                    if not loss.isfinite():
-                        break
-                    optimizer.zero_grad()
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    optimizer.step()
-                else:
-                    yield model
-                    continue
-            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # it is documented
-                pass
-            yield None
+            yield model if _train(model, method.optimizer(model, lr=lr), problem.error, problem.train[i], self.steps) else None
 
     def tune(self, method: Method, rank: int, tick: Callable[[], None]) -> Tensor:
         """Held-out losses (tuning seeds, rates) after training; infinite where there is none."""
