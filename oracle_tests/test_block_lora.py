@@ -452,8 +452,8 @@ def trainings(draw: st.DrawFn, any_start: bool = True) -> Training:
         W0=matrices(m, n) / 2,
         A=matrices.orthonormal(n, short).T,
         B=np.zeros((blocks, m, short)) if from_zero else 0.25 * matrices(blocks, m, short),
-        scaling=draw(st.sampled_from([2.0, 0.5, 1.25])),
-        lr=draw(st.sampled_from([0.03125, 0.015625])),
+        scaling=draw(st.sampled_from([1.5, 0.75, 1.25])),
+        lr=draw(st.sampled_from([0.125, 0.0625])) / blocks,  # B's part moves b times as fast
         weight_decay=draw(st.sampled_from([0.5, 0.25])),
         adam_eps=draw(st.sampled_from([0.25, 0.125])),
         blocks=blocks,
@@ -525,7 +525,7 @@ _TRAINING = r"\Delta W_t^{\text{Block}(r, b, \eta)} = \Delta W_t^{\text{LoRA}(r/
     says="Under gradient descent every step of the training is LoRA's of rank r / b with b times the learning rate of B, from any start.",
     formula=_TRAINING,
     needs=("gradients",),
-    tolerance=4,
+    tolerance=1,
     cases=trainings(),
 )
 def test_training_with_sgd(impl, case):
@@ -537,7 +537,7 @@ def test_training_with_sgd(impl, case):
     says="Under gradient descent with momentum too.",
     formula=_TRAINING,
     needs=("gradients",),
-    tolerance=4,
+    tolerance=1,
     cases=trainings(),
 )
 def test_training_with_momentum(impl, case):
@@ -549,7 +549,7 @@ def test_training_with_momentum(impl, case):
     says="Under Adam too.",
     formula=_TRAINING,
     needs=("gradients",),
-    tolerance=16,
+    tolerance=4,
     cases=trainings(),
 )
 def test_training_with_adam(impl, case):
@@ -561,7 +561,7 @@ def test_training_with_adam(impl, case):
     says="Under AdamW too, with the decay of B divided by b.",
     formula=r"\lambda_A = \lambda, \quad \lambda_B = \lambda / b, \quad \eta_A = \eta, \quad \eta_B = b \eta",
     needs=("gradients",),
-    tolerance=16,
+    tolerance=4,
     cases=trainings(),
 )
 def test_training_with_adamw(impl, case):
@@ -573,7 +573,7 @@ def test_training_with_adamw(impl, case):
     says="Blocks that start equal stay equal; blocks that do not keep their differences, which AdamW's decay alone shrinks.",
     formula=r"(B_i - B_j)_t = (1 - \eta\lambda)^t\, (B_i - B_j)_0",
     needs=("gradients",),
-    tolerance=4,
+    tolerance=1,
     cases=trainings(),
 )
 def test_differences_of_blocks(impl, case):
@@ -585,10 +585,10 @@ def test_differences_of_blocks(impl, case):
 
 @law(
     "block_lora.L7f",
-    says="With the compact settings LoRA of rank r / b trains as Block-LoRA does, with SGD, AdamW and Adam.",
+    says="With the compact settings LoRA of rank r / b trains as Block-LoRA does, with SGD and AdamW; without decay unless asked for.",
     formula=r"(\eta, \lambda) \mapsto (\eta_A, \eta_B, \lambda_A, \lambda_B) = (\eta, b\eta, \lambda, \lambda / b)",
     needs=("compact_settings.weight_decay",),
-    tolerance=4,
+    tolerance=1,
     cases=trainings(),
 )
 def test_compact_settings(impl, case):
@@ -598,7 +598,7 @@ def test_compact_settings(impl, case):
         grad_A, grad_B = s * np.concatenate(list(B), axis=1).T @ G, s * G @ np.concatenate([A] * len(B)).T
         return sum(np.split(grad_A, len(B))), np.stack(np.split(grad_B, len(B), axis=1))
 
-    for kind, used in (("sgd", decay), ("adamw", decay), ("adam", 0.0)):
+    for kind, used in (("sgd", decay), ("adamw", decay), ("adamw", 0.0)):
         options = {"weight_decay": used} if used else {}
         found = impl.compact_settings(lr=case.lr, blocks=case.blocks, **options)
         lrs, decays = (found.lr_A, found.lr_B), (found.weight_decay_A, found.weight_decay_B)
@@ -643,12 +643,6 @@ def targets(draw: st.DrawFn) -> Target:
     start = draw(starts())
     D = Matrices(start.seed + 1, draw(entries())).separated(*start.W0.shape)
     return Target(D, start.rank, start.blocks, start.scaling, start.seed)
-
-
-def _tail(D, rank):
-    """How far the best matrix of this rank is from D, and D's Frobenius norm."""
-    values = np.sqrt(np.maximum(np.linalg.eigvalsh(D @ D.T)[::-1], 0))
-    return np.sqrt(np.sum(values[rank:] ** 2)), np.linalg.norm(D)
 
 
 @law(
@@ -697,9 +691,10 @@ def test_smallest_blocks(impl, case):
 )
 def test_scaling_of_the_fit(impl, case):
     A, B = impl.fit_delta(D=case.D, rank=case.rank, blocks=case.blocks)
-    got = np.linalg.norm(case.D - _delta(A, B, 1.0)[0]) ** 2
-    tail, norm = _tail(case.D, case.rank // case.blocks)
-    assert_close(got, tail**2, size=norm**2, what="squared distance to the target")
+    U, values, Vt = np.linalg.svd(case.D)
+    short = case.rank // case.blocks
+    want = U[:, :short] * values[:short] @ Vt[:short]
+    assert_close(_delta(A, B, 1.0)[0], want, size=values[0], conditioning=len(values), what="Delta W")
 
 
 @law(
@@ -878,8 +873,8 @@ def test_bound(impl, case):
 
 @law(
     "block_lora.L12b",
-    says="The bound is LoRA's times the root of the share of parameters that is stored; it falls with the root of the samples.",
-    formula=r"\frac{\mathrm{bound}(b)}{\mathrm{bound}(1)} = \sqrt{\frac{\sum_i (m_i + n_i / b)}{\sum_i (m_i + n_i)}} < 1, \quad \propto 1 / \sqrt S",
+    says="The bound is LoRA's times the root of the share of parameters that is stored; and falls with the root of the samples.",
+    formula=r"\frac{\beta_b^2}{\beta_1^2} = \frac{\sum_i (m_i + n_i / b)}{\sum_i (m_i + n_i)} < 1, \quad \propto S^{-1/2}",
     needs=("generalization_bound",),
     tolerance=32,
     cases=bounded(blocks=(2, 3, 8)),
@@ -923,7 +918,7 @@ class Example(NamedTuple):
 @law(
     "block_lora.L14",
     says="The worked example of the tutorial comes out to the last bit.",
-    formula=r"A_s = [1\;2],\ B_1 = [1, 0]^\top,\ B_2 = [1, 1]^\top,\ s = \tfrac12: \ \Delta W = \begin{bmatrix} 1 & 2 \\ \tfrac12 & 1 \end{bmatrix}",
+    formula=r"A_s = (1, 2),\ B_1 = (1, 0)^\top,\ B_2 = (1, 1)^\top,\ s = \tfrac12: \ \Delta W = (1, \tfrac12)^\top (1, 2)",
     needs=("delta_weight",),
     tolerance=0,
     cases=st.builds(Example, power=st.integers(0, 3)),
@@ -1132,7 +1127,7 @@ def test_clipping(case):
     "block_lora.T5",
     says="Adam with the decay inside the gradient is LoRA's of rank r / b too if all blocks start equal.",
     formula=r"g_i = \nabla_{B_i} L + \lambda B_i = \nabla_{\bar B} L + \tfrac{\lambda}{b} \bar B",
-    tolerance=16,
+    tolerance=4,
     cases=trainings(any_start=False),
 )
 def test_adam_with_l2(case):
