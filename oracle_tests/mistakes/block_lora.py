@@ -101,12 +101,6 @@ def start_all_zero(W0, *, rank, blocks, generator=None):
     return Factors(0 * A, B)
 
 
-@mistake("A is bounded by sqrt(6 / (out + in)), after Glorot.", replaces="init", breaks=("block_lora.L1d",))
-def start_after_glorot(W0, *, rank, blocks, generator=None):
-    A, B = right.init(W0, rank=rank, blocks=blocks, generator=generator)
-    return Factors(A * math.sqrt(6 * W0.shape[1] / sum(W0.shape)), B)
-
-
 @mistake("A is bounded by 1 / sqrt(rank / blocks): Kaiming with the wrong fan-in.", replaces="init", breaks=("block_lora.L1d",))
 def start_bounded_by_rank(W0, *, rank, blocks, generator=None):
     A, B = right.init(W0, rank=rank, blocks=blocks, generator=generator)
