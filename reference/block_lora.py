@@ -141,7 +141,7 @@ def forward(
     hidden = (lora._drop(x, mask, p) @ A.mT).reshape(-1, A.shape[0])
     # y = W0 x + s (sum_i B_i) z with one sum of matrices for all rows of x, or y = W0 x + s sum_i (B_i z)
     y = frozen.reshape(-1, B.shape[1])
-    for up in (B.sum(dim=0),) if order == "add_first" else B.unbind():
+    for up in (B.sum(dim=0),) if order == "add_first" else B:
         y = torch.addmm(y, hidden, up.mT, alpha=scaling)
     return y.reshape(frozen.shape)
 
@@ -338,8 +338,8 @@ class BlockLoRALinear(nn.Module):
         if self.merged:
             return nn.functional.linear(x, self.base.weight, self.base.bias)
         mask = lora.draw_mask(x, p=self.dropout) if self.training and self.dropout > 0 else None
-        options = {"bias": self.base.bias, "mask": mask, "p": self.dropout}
-        return forward(x, self.base.weight, self.A, self.B, self.scaling, order=self.order, **options)
+        bias, p = self.base.bias, self.dropout
+        return forward(x, self.base.weight, self.A, self.B, self.scaling, bias=bias, mask=mask, p=p, order=self.order)
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -61,7 +61,10 @@ def divisors_are_named(module):
         assert "blocks is 5 and rank is 12" in message
 
 
-@promise("Blocks, rows and samples are whole numbers of at least 1.", of=("_check_whole", "compact_settings", "mult_adds", "init"))
+@promise(
+    "Blocks, rows and samples are whole numbers of at least 1.",
+    of=("_check_whole", "compact_settings", "mult_adds", "init", "generalization_bound"),
+)
 def numbers_are_whole(module):
     W0 = _randn(6, 7)
     for bad in (0, -1, 2.0, True, "2"):
@@ -81,14 +84,12 @@ def numbers_are_whole(module):
 @promise("The nominal rank goes from 1 to the smaller side.", of=("init", "fit_delta", "num_trainable", "mult_adds"))
 def rank_is_in_range(module):
     for W0 in (_randn(6, 7), _randn(7, 6)):
-        for bad in (0, -2, 8, 2.0, True):
-            for function, options in (
-                (module.init, {}),
-                (module.fit_delta, {}),
-                (module.num_trainable, {}),
-                (module.mult_adds, {"tokens": 2}),
-            ):
+        for function in (module.init, module.fit_delta, module.num_trainable, module.mult_adds):
+            options = {"tokens": 2} if function is module.mult_adds else {}
+            for bad in (0, -2, 8, 2.0, True):
                 refuses(function, "rank", W0, rank=bad, blocks=1, **options)
+            # Not even where a block of it would fit
+            refuses(function, "rank", W0, rank=8, blocks=2, **options)
         for function in (module.init, module.fit_delta):
             A, B = function(W0, rank=6, blocks=2)
             assert A.shape == (3, W0.shape[1])
@@ -126,6 +127,12 @@ def order_is_known(module):
         assert "did you mean 'blockwise'" in message
 
 
+@promise("What is no matrix is refused as such.", of="init")
+def weight_is_a_matrix(module):
+    for bad in (torch.ones(()), torch.ones(3), torch.ones(2, 3, 4), torch.ones(3, 4, dtype=torch.int64)):
+        refuses(module.init, "W0", bad, rank=1, blocks=1)
+
+
 # Costs
 
 
@@ -136,7 +143,10 @@ def _adapter_flops(call, tokens):
     return counter.get_total_flops() // 2 - tokens * 6 * 7
 
 
-@promise("The two orders really do the products that are counted for them; adding first is the default.", of=("forward", "mult_adds"))
+@promise(
+    "The two orders really do the products that are counted for them; adding first is the default.",
+    of=("forward", "mult_adds", "BlockLoRALinear"),
+)
 def orders_cost_what_is_counted(module):
     x, W0, (A, B) = _randn(2, 5, 7), _randn(6, 7), _factors()
     for options in ({"order": "blockwise"}, {"order": "add_first"}, {}):
