@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from . import lora
 from ._checks import check_choice, check_finite, check_rank, check_shapes
+from ._linalg import working
 from ._paper import Paper
 
 PAPER = Paper(
@@ -240,7 +241,7 @@ def fit_delta(D: Float[Tensor, "out in"], scaling: float = 1.0, *, rank: int, bl
     check_finite(D=D)
     _check_positive("scaling", scaling)
     block_rank = _block_rank(rank, blocks)
-    U, S, Vh = torch.linalg.svd(D.to(torch.promote_types(D.dtype, torch.float32)), full_matrices=False)
+    U, S, Vh = torch.linalg.svd(working(D), full_matrices=False)
     # Eckart-Young at rank r / b: A_s = V_h[:r/b], and blocks that sum to U S / s; equal ones have the least norm
     block = U[:, :block_rank] * S[:block_rank] / (scaling * blocks)
     A = Vh[:block_rank].to(D.dtype).clone(memory_format=torch.contiguous_format)
@@ -304,7 +305,8 @@ class BlockLoRALinear(nn.Module):
     """A frozen `nn.Linear` with a Block-LoRA adapter beside it: (..., in) -> (..., out).
 
     Only `A` (rank / blocks, in) and `B` (blocks, out, rank / blocks) are trained; `base` is frozen in place. `scaling` is that of
-    `scaling_factor`, `order` as in `forward`. `dropout` (default 0) acts on the adapter's input, in training only.
+    `scaling_factor`, `order` as in `forward`. `dropout` (default 0) acts on the adapter's input, in training only. The factors may
+    be made more precise than the weight, as those of `lora.LoRALinear`: used in the precision of x, trained and merged in their own.
 
     Raises:
         ValueError: `rank` does not fit the layer, `blocks` does not divide it, `order` is unknown, `dropout` is not in [0, 1), or
@@ -338,21 +340,21 @@ class BlockLoRALinear(nn.Module):
         if self.merged:
             return nn.functional.linear(x, self.base.weight, self.base.bias)
         mask = lora.draw_mask(x, p=self.dropout) if self.training and self.dropout > 0 else None
-        bias, p = self.base.bias, self.dropout
-        return forward(x, self.base.weight, self.A, self.B, self.scaling, bias=bias, mask=mask, p=p, order=self.order)
+        bias, p, A, B = self.base.bias, self.dropout, self.A.to(x.dtype), self.B.to(x.dtype)
+        return forward(x, self.base.weight, A, B, self.scaling, bias=bias, mask=mask, p=p, order=self.order)
 
     @torch.no_grad()
     def merge(self) -> None:
         """Add s (sum_i B_i) A to the base weight, after which the layer costs what `base` costs. Merging twice does nothing."""
         if not self.merged:
-            self.base.weight.copy_(merge(self.base.weight, self.A, self.B, self.scaling))
+            self.base.weight.copy_(merge(self.base.weight.to(self.A.dtype), self.A, self.B, self.scaling))
             self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Take s (sum_i B_i) A out of the base weight again, up to rounding. Does nothing if the layer is not merged."""
         if self.merged:
-            self.base.weight.copy_(unmerge(self.base.weight, self.A, self.B, self.scaling))
+            self.base.weight.copy_(unmerge(self.base.weight.to(self.A.dtype), self.A, self.B, self.scaling))
             self.merged = False
 
 

@@ -331,3 +331,18 @@ def layer_merges(module):
         assert torch.allclose(layer.base.weight, weight)
         assert torch.allclose(layer(x), before)
     assert not layer.base.weight.requires_grad
+
+
+@promise("Factors in float32 beside a bfloat16 weight are used in bfloat16, and trained and merged in float32.", of="BlockLoRALinear")
+def factors_of_higher_precision(module):
+    layer, x = _layer(module, _linear().bfloat16()), _randn(5, 7).bfloat16()
+    layer.A.data, layer.B.data = layer.A.data.float(), layer.B.data.float()
+    y, weight = layer(x), layer.base.weight.clone()
+    assert torch.equal(y, module.forward(x, weight, layer.A.bfloat16(), layer.B.bfloat16(), 0.5, bias=layer.base.bias))
+    y.sum().backward()
+    assert {layer.A.grad.dtype, layer.B.grad.dtype} == {torch.float32}
+    layer.merge()
+    merged = (weight.float() + 0.5 * layer.B.sum(dim=0) @ layer.A).bfloat16()
+    assert torch.equal(layer.base.weight, merged)
+    layer.unmerge()
+    assert torch.equal(layer.base.weight, (merged.float() - 0.5 * layer.B.sum(dim=0) @ layer.A).bfloat16())

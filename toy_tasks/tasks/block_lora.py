@@ -50,6 +50,8 @@ class Config:
     cut: int
     lr: float
     steps: int
+    training_rank: int
+    training_blocks: tuple[int, ...]
     training_steps: int
     sgd_lr: float
     weight_decay: float
@@ -57,13 +59,15 @@ class Config:
 
     def __post_init__(self) -> None:
         smallest = min(self.features, self.hidden, self.embedding)
-        for rank in (self.rank, *self.lora_ranks):
+        for rank in (self.rank, self.training_rank, *self.lora_ranks):
             if not 1 <= rank <= smallest:
                 raise ValueError(f"rank is {rank}; needed 1 to {smallest}, the smallest side of a layer")
         sides = (self.rank, self.features, self.hidden, self.embedding)
         for blocks in self.blocks:
             if blocks < 1 or any(side % blocks for side in sides):
                 raise ValueError(f"blocks is {blocks}; needed a divisor of rank, features, hidden and embedding, {sides}")
+        if not self.training_blocks or any(b < 1 or self.training_rank % b for b in self.training_blocks):
+            raise ValueError(f"training_blocks is {self.training_blocks}; needed divisors of training_rank, {self.training_rank}")
         if self.cut not in self.blocks or not self.rates or self.rank not in self.lora_ranks:
             raise ValueError("blocks needs cut among its values, lora_ranks needs rank among its, rates one value or more")
         if self.rank // self.cut not in self.lora_ranks:
@@ -244,10 +248,13 @@ class _Clip:
         with torch.no_grad():
             return 100 * (stack(params, x).argmax(dim=-1) == self.labels(x)).double().mean(dim=1)
 
-    def adapted(self, make: Make, dtype: torch.dtype = torch.float32) -> Stack:
-        """The towers with both weights adapted; the same seed draws the same numbers for every method of the same shapes."""
+    def adapted(self, make: Make, dtype: torch.dtype = torch.float32, copies: int = 1) -> Stack:
+        """The towers with both weights adapted, `copies` times: all seeds, then all again, with the same draws.
+
+        The same seed draws the same numbers for every method of the same shapes.
+        """
         models: list[nn.Module] = []
-        for tower, generator in zip(self.towers, self.trial.generators(stream=1), strict=True):
+        for tower, generator in (pair for _ in range(copies) for pair in zip(self.towers, self.trial.generators(stream=1), strict=True)):
             assert isinstance(tower, Tower)
             new = copy.deepcopy(tower).requires_grad_(False)
             assert isinstance(new.lower, nn.Linear)
@@ -353,7 +360,7 @@ def compare(clip: _Clip, key: str, blocks: int, tick: Callable[[], None], *, any
     """
     config = clip.config
     make, lr, decay = makers(config)[key]
-    big, small = (clip.adapted(m, torch.float64) for m in (blocked(config.rank, blocks), lora(config.rank // blocks)))
+    big, small = (clip.adapted(m, torch.float64) for m in (blocked(config.training_rank, blocks), lora(config.training_rank // blocks)))
     start = dict(big.trainable)
     if any_start:
         generator = torch.Generator().manual_seed(0)
@@ -376,17 +383,17 @@ def compare(clip: _Clip, key: str, blocks: int, tick: Callable[[], None], *, any
 def run_training(config: Config, trial: Trial) -> Measurements:
     """The distance between Block-LoRA and the smaller LoRA along a training, in double precision: the worst over the blocks."""
     clip, measured = _Clip(config, trial), Measurements()
-    tick = trial.counter((len(OPTIMIZERS) + 2) * len(config.blocks) * config.training_steps)
+    tick = trial.counter((len(OPTIMIZERS) + 2) * len(config.training_blocks) * config.training_steps)
     every = max(1, config.training_steps // 50)
     steps = list(range(1, config.training_steps + 1))[::every]
     for key in (*OPTIMIZERS, "any_start"):
         kind = "adamw" if key == "any_start" else key
-        found = {b: compare(clip, kind, b, tick, any_start=key == "any_start") for b in config.blocks}
+        found = {b: compare(clip, kind, b, tick, any_start=key == "any_start") for b in config.training_blocks}
         measured.add(key, apart=torch.stack([curve.amax(dim=1) for curve in found.values()]).amax(dim=0))
-        measured.add_curve(key, "apart", steps, found[config.cut][:, ::every])
-    found = {b: compare(clip, "adam", b, tick, compact=False) for b in config.blocks}
+        measured.add_curve(key, "apart", steps, found[config.training_blocks[0]][:, ::every])
+    found = {b: compare(clip, "adam", b, tick, compact=False) for b in config.training_blocks}
     measured.add("adam", unequal=torch.stack([curve[:, -1] for curve in found.values()]).amin(dim=0))
-    measured.add_curve("adam", "unequal", steps, found[config.cut][:, ::every])
+    measured.add_curve("adam", "unequal", steps, found[config.training_blocks[0]][:, ::every])
     return measured
 
 
@@ -403,7 +410,8 @@ def variants(config: Config) -> dict[str, tuple[Make, block_lora.Settings, int]]
     for b in config.blocks:
         short, cost = config.rank // b, work(config, config.rank, b)
         found[f"block_{b}"] = blocked(config.rank, b), plain, cost
-        found[f"same_{b}"] = lora(short), block_lora.compact_settings(config.lr, blocks=b), work(config, short, 1)
+        if b == config.cut:
+            found[f"same_{b}"] = lora(short), block_lora.compact_settings(config.lr, blocks=b), work(config, short, 1)
         # The shared A meets the sum of the pieces, then every block of outputs has a product
         rows = config.rank * ((config.features + config.hidden) // b + config.hidden + config.embedding)
         found[f"features_{b}"] = along_features(config.rank, b), plain, rows
@@ -439,21 +447,34 @@ def run_fewshot(config: Config, trial: Trial) -> Measurements:
     return measured
 
 
+def adam_of_each(rates: Tensor) -> Optimizer:
+    """Adam with a learning rate for each of the stacked models."""
+    unit = adam(1.0)
+
+    def step(params: Params, grads: Params, state: State) -> tuple[Params, State]:
+        # From zero, a step at rate 1 is the direction itself: Adam's does not depend on the parameters
+        moves, state = unit.step({k: torch.zeros_like(p) for k, p in params.items()}, grads, state)
+        return {k: p + rates.view(-1, *[1] * (p.ndim - 1)) * moves[k] for k, p in params.items()}, state
+
+    return Optimizer(unit.init_state, step)
+
+
 def run_rates(config: Config, trial: Trial) -> Measurements:
     """The layer of rank r / b, trained as Block-LoRA and as LoRA, and LoRA of rank r, at several learning rates and at the best."""
     clip, measured = _Clip(config, trial), Measurements()
     raced = {"block": blocked(config.rank, config.cut), "lora": lora(config.rank // config.cut), "large": lora(config.rank)}
-    tick = trial.counter(len(raced) * len(config.rates) * config.steps)
+    tick = trial.counter(len(raced) * config.steps)
+    copies, seeds = len(config.rates), len(trial.seeds)
+    x, test = (data.repeat(copies, 1, 1) for data in (clip.x, clip.test))
+    rates = torch.tensor([multiple / 1000 for multiple in config.rates], device=trial.device).repeat_interleave(seeds)
     for name, make in raced.items():
-        tried = []
-        for multiple in config.rates:
-            stack, lr = clip.adapted(make), multiple / 1000
-            run = train(partial(clip.loss, stack, clip.x), stack.trainable, adam(lr), steps=config.steps, every=1000, tick=tick)
-            accuracy, lrs = clip.accuracy(stack, clip.test, run.params), [lr] * len(trial.seeds)
-            measured.add(f"{name}_x{multiple}", accuracy=accuracy, lr=lrs)
-            tried.append((accuracy, lrs))
-        accuracy, lrs = max(tried, key=lambda pair: pair[0].mean().item())
-        measured.add(name, accuracy=accuracy, lr=lrs)
+        stack = clip.adapted(make, copies=copies)
+        run = train(partial(clip.loss, stack, x), stack.trainable, adam_of_each(rates), steps=config.steps, every=1000, tick=tick)
+        tried = clip.accuracy(stack, test, run.params).view(copies, seeds)
+        for multiple, accuracy in zip(config.rates, tried, strict=True):
+            measured.add(f"{name}_x{multiple}", accuracy=accuracy, lr=[multiple / 1000] * seeds)
+        best = int(tried.mean(dim=1).argmax())
+        measured.add(name, accuracy=tried[best], lr=[config.rates[best] / 1000] * seeds)
     return measured
 
 
@@ -495,9 +516,13 @@ def figure(results: Results) -> Figure:
 def _draw_distance(ax: Axes, results: Results, config: Config) -> None:
     """Relative distances along a training, on a logarithmic axis."""
     for i, (key, name) in enumerate(OPTIMIZERS.items()):
-        plotting.draw_curve(ax, results.curves[f"training.{key}.apart"], f"{name}, rate of B times {config.cut}", i)
+        plotting.draw_curve(ax, results.curves[f"training.{key}.apart"], f"{name}, rate of B times {config.training_blocks[0]}", i)
     plotting.draw_curve(ax, results.curves["training.adam.unequal"], "Adam, one rate for both", 4)
-    ax.set(title=f"LoRA of rank {config.rank // config.cut} against b = {config.cut}", xlabel="step", ylabel="|difference| / |ΔW|")
+    ax.set(
+        title=f"LoRA of rank {config.training_rank // config.training_blocks[0]} against b = {config.training_blocks[0]}",
+        xlabel="step",
+        ylabel="|difference| / |ΔW|",
+    )
     ax.set(yscale="log", ylim=(1e-17, 1e2))
     ax.legend(fontsize=7.5, loc="center right")
 
@@ -507,11 +532,11 @@ def _draw_costs(ax: Axes, results: Results, config: Config, quantity: str, label
     blocks = sorted(config.blocks, reverse=True)
     lines = {"LoRA, r = " + ", ".join(map(str, sorted(config.lora_ranks))): [f"lora_{r}" for r in sorted(config.lora_ranks)]}
     lines[f"Block-LoRA, r = {config.rank}, b = " + ", ".join(map(str, blocks))] = [f"block_{b}" for b in blocks]
-    lines["LoRA, r / b, rate of B times b"] = [f"same_{b}" for b in blocks]
+    lines[f"LoRA, r = {config.rank // config.cut}, rate of B times {config.cut}"] = [f"same_{config.cut}"]
     for i, (name, shown) in enumerate(lines.items()):
         x = [results.metrics[f"fewshot.{method}.{quantity}"].mean or 0.0 for method in shown]
         plotting.draw_points(ax, x, [results.metrics[f"fewshot.{method}.accuracy"] for method in shown], name, i)
-    ax.set(title="Accuracy", xlabel=label, ylabel="accuracy on the target, %")
+    ax.set(title="Accuracy", xlabel=label, ylabel="accuracy on the target, %", ylim=(55, None))
     ax.legend(fontsize=7.5, loc="lower right")
 
 
