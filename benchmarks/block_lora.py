@@ -1,20 +1,19 @@
 """What Block-LoRA's two orders cost, counted and measured, beside LoRA of the nominal rank and of the rank of one block.
 
-python benchmarks/block_lora.py [results.json]
+python benchmarks/block_lora.py
 
 Counts are those of `mult_adds`. Two times are measured on one thread, float32, forward only: of the adapter's path alone, written
 out below as the reference has it (and compared with the reference), and of the whole layer. It is processor time of that thread,
-so that other programs count less; calls alternate, and the least time of each counts. Results go to benchmarks/results/block_lora.json unless another file is named; the docs page shows them.
+so that other programs count less; calls alternate, and the least time of each counts. The results are kept in results/block_lora.json,
+and shown on Block-LoRA's page.
 """
 
-import json
-import platform
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
+from _results import promise, write
 from torch import Tensor
 
 from loracle.reference import block_lora
@@ -53,7 +52,7 @@ def quickest(calls: list[Callable[[], object]]) -> list[float]:
     return [min(seconds) for seconds in times]
 
 
-def measure(tokens: int, width: int) -> list[dict[str, object]]:
+def measure(tokens: int, width: int) -> list[dict[str, Any]]:
     """The counts and times of every variant for one batch and one square weight."""
     generator = torch.Generator().manual_seed(0)
     x, W0 = torch.randn(tokens, width, generator=generator), torch.randn(width, width, generator=generator)
@@ -75,7 +74,7 @@ def measure(tokens: int, width: int) -> list[dict[str, object]]:
         layers.append(layer)
     *alone_times, _ = quickest([*paths, lambda: None])
     *layer_times, frozen_time = quickest([*layers, lambda: torch.nn.functional.linear(x, W0)])
-    found: list[dict[str, object]] = []
+    found: list[dict[str, Any]] = []
     for (name, (rank, blocks, order)), one, whole in zip(VARIANTS.items(), alone_times, layer_times, strict=True):
         counted = block_lora.mult_adds(W0, rank=rank, blocks=blocks, tokens=tokens, order=order)
         times = {"adapter_us": round(1e6 * one, 2), "layer_us": round(1e6 * whole, 2), "frozen_us": round(1e6 * frozen_time, 2)}
@@ -84,7 +83,7 @@ def measure(tokens: int, width: int) -> list[dict[str, object]]:
 
 
 @torch.no_grad()
-def main(target: Path) -> None:
+def main() -> None:
     """Measure, print a table, and write the results."""
     torch.set_num_threads(1)
     rows = [row for width in WIDTHS for tokens in TOKENS for row in measure(tokens, width)]
@@ -94,13 +93,11 @@ def main(target: Path) -> None:
             f"{row['width']:>6} {row['tokens']:>6} {row['variant']:>11} {row['multiplications']:>16,} {row['additions']:>12,} "
             f"{row['adapter_us']:>8} us {row['layer_us']:>8} us"
         )
-    head = {"rank": RANK, "blocks": BLOCKS, "threads": 1, "torch": torch.__version__, "machine": platform.machine()}
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    settings = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in head.items())
-    target.parent.mkdir(exist_ok=True)
-    target.write_text("{\n" + settings + ' "rows": [\n' + lines + "\n ]\n}\n")
-    print(f"written to {target}")
+    times = {row["variant"]: row["layer_us"] for row in rows if (row["width"], row["tokens"]) == (768, 256)}
+    says = f"Block-LoRA's layer, 768 x 768, rank {RANK}, {BLOCKS} blocks added first, forward of 256 rows, as a multiple of LoRA's time"
+    found = promise(says, times["add_first"] / times["LoRA r"], 1.05)
+    write("block_lora", {"promises": [found], "rank": RANK, "blocks": BLOCKS, "rows": rows})
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "results" / "block_lora.json")
+    main()

@@ -7,6 +7,7 @@ far Block-LoRA and the smaller LoRA are apart along a whole training, with four 
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -264,6 +265,12 @@ class _Clip:
         return Stack(models, self.trial.device)
 
 
+@functools.lru_cache(maxsize=1)
+def _clip(config: Config, seeds: tuple[int, ...], device: torch.device) -> _Clip:
+    """The pretrained towers, which all parts of a run share."""
+    return _Clip(config, Trial(seeds, device))
+
+
 def lora(rank: int) -> Make:
     """LoRA with s = 1."""
     return lambda linear, generator: LoRALinear(linear, rank=rank, alpha=rank, generator=generator)
@@ -300,6 +307,8 @@ def momentum(lr: float, weight_decay: float, *, beta: float = 0.9) -> Optimizer:
 
 def per_factor(make: Maker, settings: block_lora.Settings) -> Optimizer:
     """An optimizer that steps the A of all layers with one learning rate and decay, and the B with others."""
+    if (settings.lr_A, settings.weight_decay_A) == (settings.lr_B, settings.weight_decay_B):
+        return make(settings.lr_A, settings.weight_decay_A)
     parts = {"A": make(settings.lr_A, settings.weight_decay_A), "B": make(settings.lr_B, settings.weight_decay_B)}
 
     def own(tensors: Params, factor: str) -> Params:
@@ -382,7 +391,7 @@ def compare(clip: _Clip, key: str, blocks: int, tick: Callable[[], None], *, any
 
 def run_training(config: Config, trial: Trial) -> Measurements:
     """The distance between Block-LoRA and the smaller LoRA along a training, in double precision: the worst over the blocks."""
-    clip, measured = _Clip(config, trial), Measurements()
+    clip, measured = _clip(config, trial.seeds, trial.device), Measurements()
     tick = trial.counter((len(OPTIMIZERS) + 2) * len(config.training_blocks) * config.training_steps)
     every = max(1, config.training_steps // 50)
     steps = list(range(1, config.training_steps + 1))[::every]
@@ -423,7 +432,7 @@ def variants(config: Config) -> dict[str, tuple[Make, block_lora.Settings, int]]
 
 def run_fewshot(config: Config, trial: Trial) -> Measurements:
     """Every method on the few samples of the target domain, with Adam at one learning rate."""
-    clip, measured = _Clip(config, trial), Measurements()
+    clip, measured = _clip(config, trial.seeds, trial.device), Measurements()
     zero_shot = Stack(clip.towers, trial.device)
     for name, x in (("accuracy", clip.test), ("source", clip.source_test)):
         measured.add("zero_shot", **{name: clip.accuracy(zero_shot, x, zero_shot.trainable)})
@@ -461,7 +470,7 @@ def adam_of_each(rates: Tensor) -> Optimizer:
 
 def run_rates(config: Config, trial: Trial) -> Measurements:
     """The layer of rank r / b, trained as Block-LoRA and as LoRA, and LoRA of rank r, at several learning rates and at the best."""
-    clip, measured = _Clip(config, trial), Measurements()
+    clip, measured = _clip(config, trial.seeds, trial.device), Measurements()
     raced = {"block": blocked(config.rank, config.cut), "lora": lora(config.rank // config.cut), "large": lora(config.rank)}
     tick = trial.counter(len(raced) * config.steps)
     copies, seeds = len(config.rates), len(trial.seeds)
