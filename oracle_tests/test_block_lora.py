@@ -830,7 +830,7 @@ def test_operations_by_default(impl, case):
 class Bounded(NamedTuple):
     """A set of adapted weights, and what the bound knows of the training."""
 
-    shapes: tuple[tuple[int, int], ...]
+    shapes: np.ndarray  # (weights, 2), whole numbers
     rank: int
     blocks: int
     bits: float
@@ -842,7 +842,7 @@ class Bounded(NamedTuple):
 def bounded(draw: st.DrawFn, blocks: tuple[int, ...] = (2, 3, 1, 8)) -> Bounded:
     count = draw(st.sampled_from(blocks))
     return Bounded(
-        shapes=tuple(draw(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=3))),
+        shapes=np.array(draw(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=3))),
         rank=count * draw(st.integers(1, 3)),
         blocks=count,
         bits=draw(st.sampled_from([16.0, 32.0, 3.5])),
@@ -867,7 +867,7 @@ def _bound(case):
     cases=bounded(),
 )
 def test_bound(impl, case):
-    got = impl.generalization_bound(**{**case._asdict(), "shapes": list(case.shapes)})
+    got = impl.generalization_bound(**case._asdict())
     assert_close(got, _bound(case), size=_bound(case), what="the bound")
 
 
@@ -880,7 +880,7 @@ def test_bound(impl, case):
     cases=bounded(blocks=(2, 3, 8)),
 )
 def test_ratio_of_bounds(impl, case):
-    options = {**case._asdict(), "shapes": list(case.shapes)}
+    options = case._asdict()
     got, plain = impl.generalization_bound(**options), impl.generalization_bound(**{**options, "blocks": 1})
     share = sum(m + n / case.blocks for m, n in case.shapes) / sum(m + n for m, n in case.shapes)
     assert_close(got**2, share * plain**2, size=plain**2, what="square of the bound")
@@ -921,7 +921,7 @@ class Example(NamedTuple):
     formula=r"A_s = (1, 2),\ B_1 = (1, 0)^\top,\ B_2 = (1, 1)^\top,\ s = \tfrac12: \ \Delta W = (1, \tfrac12)^\top (1, 2)",
     needs=("delta_weight",),
     tolerance=0,
-    cases=st.builds(Example, power=st.integers(0, 3)),
+    cases=st.builds(Example, power=st.integers(0, 7)),
 )
 def test_worked_example(impl, case):
     A, B = 2.0**case.power * np.array([[1.0, 2.0]]), np.array([[[1.0], [0.0]], [[1.0], [1.0]]])
@@ -1075,23 +1075,30 @@ def test_share_of_parameters(case):
     assert_close(stored / plain, (1 + 1 / case.blocks) / 2, what="share of LoRA's parameters")
 
 
+class Reading(NamedTuple):
+    """Both readings of the block structure at the same sizes."""
+
+    blocks: int
+    seed: int
+
+
 @theorem(
     "block_lora.T3",
     says="Both readings of the block structure store the same number of parameters; they differ in the rank that they reach.",
     formula=r"m r + n\,r/b: \quad \operatorname{rank} \Delta W \le r/b \text{ or } \le r",
     tolerance=64,
-    cases=st.builds(Example, power=st.integers(2, 3)),
+    cases=st.builds(Reading, blocks=st.integers(2, 3), seed=seeds()),
 )
 def test_both_readings_store_alike(case):
-    blocks, short, side = case.power, 2, 12
-    rank, matrices = blocks * short, Matrices(case.power)
+    blocks, short, side = case.blocks, 2, 12
+    rank, matrices = blocks * short, Matrices(case.seed)
     A, B = matrices(short, side), matrices(blocks, side, short)
     A_f, B_f = matrices(rank, side // blocks), matrices(blocks, side // blocks, rank)
     assert A.size + B.size == A_f.size + B_f.size == side * rank + side * short
     along_rank, along_features = B.sum(axis=0) @ A, np.tile(np.concatenate(list(B_f)) @ A_f, (1, blocks))
     for delta, reached in ((along_rank, short), (along_features, min(rank, side // blocks))):
         values = np.linalg.svd(delta, compute_uv=False)
-        assert values[reached - 1] > 1e-3 * values[0]
+        assert values[reached - 1] > 1e-9 * values[0]
         assert_close(values[reached:], 0 * values[reached:], size=values[0], what="singular values beyond the rank")
 
 

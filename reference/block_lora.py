@@ -25,11 +25,10 @@ No official code was found, and the paper is known here through secondary source
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from . import lora
@@ -279,25 +278,27 @@ def mult_adds(W0: Float[Tensor, "out in"], *, rank: int, blocks: int, tokens: in
 
 
 def generalization_bound(
-    shapes: Sequence[tuple[int, int]], *, rank: int, blocks: int, bits: float, num_samples: int, loss_sigma: float
+    shapes: Int[Tensor, "weights 2"], *, rank: int, blocks: int, bits: float, num_samples: int, loss_sigma: float
 ) -> float:
     """Upper bound on the expected gap between test and training loss, LoRA's with `blocks` = 1.
 
-    It counts stored bits: a trained adapter cannot know more of the data than the bits that it is written in. `shapes` are the
-    (out, in) of all adapted weights, `bits` those of one parameter; the loss is `loss_sigma`-sub-Gaussian. That Block-LoRA's is
-    smaller says that it stores less, nothing of how much it can learn. Source: Zhu et al. 2024, counted anew (inferred).
+    It counts stored bits: a trained adapter cannot know more of the data than the bits that it is written in. `shapes` holds
+    out and in of every adapted weight (weights, 2), `bits` are those of one parameter; the loss is `loss_sigma`-sub-Gaussian.
+    That Block-LoRA's is     smaller says that it stores less, nothing of how much it can learn. Source: Zhu et al. 2024, counted anew (inferred).
 
     Raises:
-        ValueError: `shapes` is empty or has a side below 1, `blocks` does not divide `rank`, or a number is not positive.
+        ValueError: `shapes` is not (weights, 2), is empty or has a side below 1, `blocks` does not divide `rank`, or a number is
+            not positive.
     """
     block_rank = _block_rank(rank, blocks)
     _check_whole("num_samples", num_samples)
     _check_positive("bits", bits)
     _check_positive("loss_sigma", loss_sigma)
-    if not shapes or any(side < 1 for shape in shapes for side in shape):
-        raise ValueError(f"shapes is {shapes!r}; needed (out, in) of at least one adapted weight, all sides at least 1")
+    if shapes.is_floating_point() or shapes.ndim != 2 or shapes.shape[1] != 2 or not shapes.numel() or shapes.min() < 1:
+        raise ValueError(f"shapes is {shapes.tolist()}; needed whole numbers (weights, 2), out and in of each weight, at least 1")
     # |gen| <= sqrt(2 sigma^2 ln 2 / S * q * r sum_i (m_i + n_i / b))
-    stored = sum(rank * out_features + block_rank * in_features for out_features, in_features in shapes)
+    out_features, in_features = shapes.sum(dim=0).tolist()
+    stored = rank * out_features + block_rank * in_features
     return math.sqrt(2 * loss_sigma**2 * math.log(2) / num_samples * bits * stored)
 
 

@@ -50,7 +50,7 @@ OBSERVABLES = Observables(
         "A": _A,
         "B": _B,
         "tokens": lambda case: 3 + 2 * case.number,
-        "shapes": lambda case: [(case.out, case.sizes["in"]), (7, 3 + case.number)],
+        "shapes": lambda case: np.array([(case.out, case.sizes["in"]), (7, 3 + case.number)]),
         "num_samples": lambda case: 50 + 31 * case.number,
     },
     gauge_free={"fit_delta": _free_of_signs},
@@ -796,7 +796,7 @@ def bound_of_effective_parameters(shapes, *, rank, blocks, **options):
     breaks=("block_lora.L12a", "block_lora.L12b"),
 )
 def bound_divides_the_outputs(shapes, **options):
-    return right.generalization_bound([(n, m) for m, n in shapes], **options)
+    return right.generalization_bound(shapes.flip(1), **options)
 
 
 @mistake("The bits of a parameter are left out.", replaces="generalization_bound", breaks=("block_lora.L12a",))

@@ -52,7 +52,7 @@ def divisors_are_named(module):
         lambda: module.num_trainable(W0, rank=12, blocks=5),
         lambda: module.mult_adds(W0, rank=12, blocks=5, tokens=1),
         lambda: module.scaling_factor(1.0, 12, blocks=5),
-        lambda: module.generalization_bound([(3, 4)], rank=12, blocks=5, bits=16, num_samples=10, loss_sigma=1.0),
+        lambda: module.generalization_bound(torch.tensor([(3, 4)]), rank=12, blocks=5, bits=16, num_samples=10, loss_sigma=1.0),
         lambda: module.BlockLoRALinear(_linear(13, 12), rank=12, blocks=5, alpha=1.0),
     )
     for call in calls:
@@ -77,7 +77,7 @@ def numbers_are_whole(module):
         refuses(module.mult_adds, "tokens", W0, rank=2, blocks=1, tokens=bad)
         bound = {"rank": 2, "blocks": 1, "bits": 16, "num_samples": 10, "loss_sigma": 1.0}
         for name in ("rank", "blocks", "num_samples"):
-            refuses(module.generalization_bound, name, [(3, 4)], **{**bound, name: bad})
+            refuses(module.generalization_bound, name, torch.tensor([[3, 4]]), **{**bound, name: bad})
     assert module.mult_adds(W0, rank=1, blocks=1, tokens=1).multiplications == 13
 
 
@@ -100,12 +100,13 @@ def rank_is_in_range(module):
 @promise("The bound needs weights with sides, and positive finite numbers.", of=("generalization_bound", "_check_positive"))
 def bound_refuses(module):
     good = {"rank": 4, "blocks": 2, "bits": 16, "num_samples": 1, "loss_sigma": 1.0}
-    assert module.generalization_bound([(1, 1)], **good) > 0
-    for shapes in ([], [(3, 4), (0, 4)], [(3, -1)]):
-        refuses(module.generalization_bound, "shapes", shapes, **good)
+    assert module.generalization_bound(torch.tensor([(1, 1)]), **good) > 0
+    for shapes in ([[3, 4], [0, 4]], [[3, -1]], [3, 4], [[3, 4, 5]], [[3], [4]], [[3.0, 4.0]], [[[3, 4]]]):
+        refuses(module.generalization_bound, "shapes", torch.tensor(shapes), **good)
+    refuses(module.generalization_bound, "shapes", torch.ones(0, 2, dtype=torch.int64), **good)
     for name in ("bits", "loss_sigma"):
         for bad in (0.0, -1.0, math.nan, math.inf):
-            refuses(module.generalization_bound, name, [(3, 4)], **{**good, name: bad})
+            refuses(module.generalization_bound, name, torch.tensor([[3, 4]]), **{**good, name: bad})
 
 
 @promise("The scaling of an approximation is positive and finite.", of=("fit_delta", "_check_positive"))

@@ -551,7 +551,7 @@ def _draw_costs(ax: Axes, results: Results, config: Config, quantity: str, label
 
 def _draw_bound(ax: Axes, results: Results, config: Config) -> None:
     """Bound and measured gap against the number of blocks, both as multiples of LoRA's."""
-    shapes = [(config.hidden, config.features), (config.embedding, config.hidden)]
+    shapes = torch.tensor([(config.hidden, config.features), (config.embedding, config.hidden)])
     samples, blocks = config.shots * config.classes, sorted(config.blocks)
     bounds = [
         block_lora.generalization_bound(shapes, rank=config.rank, blocks=b, bits=32, num_samples=samples, loss_sigma=1.0)
