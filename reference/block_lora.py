@@ -284,7 +284,8 @@ def generalization_bound(
 
     It counts stored bits: a trained adapter cannot know more of the data than the bits that it is written in. `shapes` holds
     out and in of every adapted weight (weights, 2), `bits` are those of one parameter; the loss is `loss_sigma`-sub-Gaussian.
-    That Block-LoRA's is     smaller says that it stores less, nothing of how much it can learn. Source: Zhu et al. 2024, counted anew (inferred).
+    That Block-LoRA's is smaller says that it stores less, nothing of how much it can learn. Source: Zhu et al. 2024, counted
+    anew (inferred).
 
     Raises:
         ValueError: `shapes` is not (weights, 2), is empty or has a side below 1, `blocks` does not divide `rank`, or a number is
