@@ -205,7 +205,7 @@ _each_itself = _of_true(lambda grad_A, grad_B, A, B, eta: (_own_rows(A, eta) * g
 @mistake(
     "Each parameter's gradient is divided by the norms of its own rows, A's and B's apart (the Automagic optimizers).",
     replaces="gradients",
-    breaks=("allora.L3a", "allora.L3b", "allora.L6b", "allora.L9a", "allora.L10a"),
+    breaks=("allora.L3a", "allora.L3b", "allora.L9a", "allora.L10a"),
     also={"_factor_gradients": _each_itself["_factor_gradients"]},
 )
 def each_parameter_itself(G, A, B, eta, *, kind="row"):
@@ -596,7 +596,7 @@ def counted_one_ahead(G, A, B, moment1_A, moment1_B, moment2_A, moment2_B, eta, 
     return right.step(G, A, B, moment1_A, moment1_B, moment2_A, moment2_B, eta, t=t + 1, **options)
 
 
-@mistake("The decay is added to the gradient, before the moments.", replaces="step", breaks=("allora.L9a", "allora.L13f"))
+@mistake("The decay is added to the gradient, before the moments.", replaces="step", breaks=("allora.L9c",))
 def decay_in_the_gradient(
     G, A, B, moment1_A, moment1_B, moment2_A, moment2_B, eta, *, t, lr, beta1=0.9, beta2=0.999, adam_eps=1e-8, weight_decay=0.0, kind="row"
 ):
@@ -795,7 +795,7 @@ def coefficient_as_written(size, eta):
 @mistake(
     "The row norms come from the triangular factor of A' instead of a Gram matrix.",
     replaces="_row_norms",
-    harmless="b A has the length of b R' if A' = Q R with orthonormal columns of Q: no (out, in) matrix either, and more precise where a row cancels.",
+    harmless="b A has the length of b R' if A' = Q R with orthonormal columns of Q. It makes no (out, in) matrix either.",
 )
 def norms_by_qr(A, B):
     return (right._working(B) @ torch.linalg.qr(right._working(A).mT).R.mT).norm(dim=-1)
