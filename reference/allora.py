@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from . import lora
 from ._checks import check_choice, check_finite, check_rank, check_shapes
+from ._linalg import working
 from ._paper import Paper
 from .lora import BackwardGradients, Factors, Gradients
 
@@ -128,7 +129,7 @@ def row_norms(A: Float[Tensor, "rank in"], B: Float[Tensor, "out rank"]) -> Floa
 
 def _row_norms(A: Tensor, B: Tensor) -> Tensor:
     """`row_norms` in working precision."""
-    A, B = _working(A), _working(B)
+    A, B = working(A), working(B)
     # ||(B A)_i||^2 = b_i (A A^T) b_i^T; rounding may leave a small negative number where the row cancels
     return ((B @ (A @ A.mT)) * B).sum(dim=-1).clamp(min=0).sqrt()
 
@@ -165,7 +166,7 @@ def gradients(
     check_choice("kind", kind, tuple(k for k in KINDS if k != "output"))
     _check_eta(eta)
     if kind == "element":
-        G = G * _scale(_working(B @ A).abs(), eta).to(G.dtype)
+        G = G * _scale(working(B @ A).abs(), eta).to(G.dtype)
         return Gradients(grad_A=B.mT @ G, grad_B=G @ A.mT)
     d = _per_row(A, B, eta, kind)
     # g_A = B^T (D G) and g_B = (D G) A^T, with D on the thin side of each product
@@ -212,7 +213,7 @@ def _factor_gradients(grad_y: Tensor, x: Tensor, A: Tensor, B: Tensor, eta: floa
         return gradients(signal.mT @ x, A, B, eta, kind=kind)
     hidden = x @ A.mT
     if kind == "output":
-        signal, d = signal * _scale(_working(hidden @ B.mT).abs(), eta).to(signal.dtype), torch.ones_like(B[:, :1])
+        signal, d = signal * _scale(working(hidden @ B.mT).abs(), eta).to(signal.dtype), torch.ones_like(B[:, :1])
     else:
         d = _per_row(A, B, eta, kind)
     # g_A = B^T D G = (grad_y D B)^T x and g_B = D G A^T = D grad_y^T (x A^T)
@@ -261,7 +262,7 @@ def step(
     kept, moved = 1 - lr * weight_decay, []
     for factor, g, m, v in ((A, grads.grad_A, moment1_A, moment2_A), (B, grads.grad_B, moment1_B, moment2_B)):
         # Adam (Kingma and Ba, Algorithm 1), in working precision
-        w, g, m, v = map(_working, (factor, g, m, v))
+        w, g, m, v = map(working, (factor, g, m, v))
         m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g.square()
         direction = m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + adam_eps)
         moved.append([part.to(factor.dtype) for part in (kept * w - lr * direction, m, v)])
@@ -284,7 +285,7 @@ def escape(time: Float[Tensor, "..."], growth: float, eta: float) -> Float[Tenso
     if not ((time >= 0) & time.isfinite()).all():
         raise ValueError("time has an entry that is negative or not finite; needed times since the start, at B = 0")
     # beta = ((3/2 c t + eta^-3)^(2/3) - eta^-2) / c
-    grown = 1.5 * growth * _working(time)
+    grown = 1.5 * growth * working(time)
     if math.isinf(eta):
         return (grown ** (2 / 3) / growth).to(time.dtype)
     # The same with eta^-2 in front, so that early times do not cancel
@@ -304,10 +305,10 @@ def dropout_penalty(
     check_shapes(x=(x, "... in"), A=(A, "rank in"), B=(B, "out rank"))
     if not 0 <= p < 1:
         raise ValueError(f"p is {p!r}; needed a probability from 0 to below 1")
-    wide, tall = _working(A), _working(B)
+    wide, tall = working(A), working(B)
     # p / (1 - p) s^2 sum_j x_j^2 ||(B A)_:j||^2, where ||(B A)_:j||^2 = a_j^T (B^T B) a_j
     columns = ((tall.mT @ tall) @ wide * wide).sum(dim=-2)
-    return (p / (1 - p) * scaling**2 * (_working(x).square() @ columns)).to(x.dtype)
+    return (p / (1 - p) * scaling**2 * (working(x).square() @ columns)).to(x.dtype)
 
 
 def num_trainable(W0: Float[Tensor, "out in"], *, rank: int) -> int:
@@ -345,7 +346,9 @@ class _Adapter(torch.autograd.Function):
 class ALLoRALinear(nn.Module):
     """A frozen `nn.Linear` with an adapter beside it, whose `A` and `B` get rescaled gradients: (..., in) -> (..., out).
 
-    Any optimizer will do. `eta` (default 2) and `kind` as in `backward`; both can be changed between steps.
+    Any optimizer will do. `eta` (default 2) and `kind` as in `backward`; both can be changed between steps. The factors may be
+    made more precise than the weight, as in `layer.A.data = layer.A.data.float()` beside bfloat16: they are used in the precision
+    of x, and trained and merged in their own.
 
     Raises:
         ValueError: `rank` does not fit the layer, `eta` is not positive and finite, the kind is unknown, or the weight is not
@@ -365,26 +368,23 @@ class ALLoRALinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         y: Tensor = self.base(x)
-        return y if self.merged else y + _Adapter.apply(x, self.A, self.B, self.eta, self.kind)  # type: ignore[no-untyped-call]
+        if self.merged:
+            return y
+        return y + _Adapter.apply(x, self.A.to(x.dtype), self.B.to(x.dtype), self.eta, self.kind)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def merge(self) -> None:
         """Add B A to the base weight, after which the layer costs what `base` costs. Merging twice does nothing."""
         if not self.merged:
-            self.base.weight.copy_(merge(self.base.weight, self.A, self.B))
+            self.base.weight.copy_(merge(self.base.weight.to(self.A.dtype), self.A, self.B))
             self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Take B A out of the base weight again, up to rounding. Does nothing if the layer is not merged."""
         if self.merged:
-            self.base.weight.copy_(unmerge(self.base.weight, self.A, self.B))
+            self.base.weight.copy_(unmerge(self.base.weight.to(self.A.dtype), self.A, self.B))
             self.merged = False
-
-
-def _working(tensor: Tensor) -> Tensor:
-    """The tensor in the precision of the linear algebra: float32 for half precision, else its own."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _check_eta(eta: float) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from loracle.oracle_tests.mistakes import Observables, mistake
 from loracle.oracle_tests.strategies import Matrices
 from loracle.reference import allora as right
+from loracle.reference._linalg import working
 from loracle.reference.lora import BackwardGradients, Factors, Gradients
 
 
@@ -112,7 +113,7 @@ def eta_is_two(size, eta):
     "The rows of B are measured, not those of B A.", replaces="_row_norms", breaks=("allora.L1a", "allora.L1b", "allora.L5", "allora.L3a")
 )
 def rows_of_B(A, B):
-    return right._working(B).norm(dim=-1)
+    return working(B).norm(dim=-1)
 
 
 @mistake(
@@ -121,7 +122,7 @@ def rows_of_B(A, B):
     breaks=("allora.L1a", "allora.L1b", "allora.L5"),
 )
 def product_of_norms(A, B):
-    return right._working(B).norm(dim=-1) * right._working(A).norm()
+    return working(B).norm(dim=-1) * working(A).norm()
 
 
 @mistake(
@@ -130,7 +131,7 @@ def product_of_norms(A, B):
     breaks=("allora.L1a", "allora.L1b", "allora.L5"),
 )
 def diagonal_of_the_gram(A, B):
-    return (right._working(B).square() @ right._working(A).square().sum(dim=-1)).sqrt()
+    return (working(B).square() @ working(A).square().sum(dim=-1)).sqrt()
 
 
 @mistake(
@@ -142,12 +143,12 @@ def norms_not_rooted(A, B):
 
 @mistake("The l1 norm of a row is taken.", replaces="_row_norms", breaks=("allora.L1a", "allora.L1b"))
 def l1_norm(A, B):
-    return (right._working(B) @ right._working(A)).abs().sum(dim=-1)
+    return (working(B) @ working(A)).abs().sum(dim=-1)
 
 
 @mistake("The largest entry of a row is taken.", replaces="_row_norms", breaks=("allora.L1a", "allora.L1b"))
 def largest_entry(A, B):
-    return (right._working(B) @ right._working(A)).abs().amax(dim=-1)
+    return (working(B) @ working(A)).abs().amax(dim=-1)
 
 
 @mistake(
@@ -156,7 +157,7 @@ def largest_entry(A, B):
     breaks=("allora.L1a", "allora.L1b"),
 )
 def mean_square(A, B):
-    return (right._working(B) @ right._working(A)).square().mean(dim=-1).sqrt()
+    return (working(B) @ working(A)).square().mean(dim=-1).sqrt()
 
 
 @mistake("The columns of B A are measured, not its rows.", replaces="_row_norms", breaks=("allora.L1a", "allora.L1b", "allora.L3a"))
@@ -196,7 +197,7 @@ def computed_once(A, B, eta, kind):
 
 
 def _own_rows(factor, eta):
-    return right._scale(right._working(factor).norm(dim=-1, keepdim=True), eta).to(factor.dtype)
+    return right._scale(working(factor).norm(dim=-1, keepdim=True), eta).to(factor.dtype)
 
 
 _each_itself = _of_true(lambda grad_A, grad_B, A, B, eta: (_own_rows(A, eta) * grad_A, _own_rows(B, eta) * grad_B))
@@ -317,7 +318,7 @@ def factors_normalised(A, B, eta, kind):
 def rows_of_the_merged_weight(grad_y, x, W0, A, B, eta, *, kind="row"):
     if kind != "row":
         return right.backward(grad_y, x, W0, A, B, eta, kind=kind)
-    d = right._scale(right._working(W0 + B @ A).norm(dim=-1), eta).to(B.dtype)
+    d = right._scale(working(W0 + B @ A).norm(dim=-1), eta).to(B.dtype)
     true = right.backward(grad_y, x, W0, A, B, eta, kind="none")
     return BackwardGradients(true.grad_x, *right._factor_gradients(grad_y * d, x, A, B, eta, "none"))
 
@@ -456,7 +457,7 @@ def lengths_added(A, B, eta, kind):
 def spectral_norm(A, B, eta, kind):
     if kind != "matrix":
         return right._per_row(A, B, eta, kind)
-    return right._scale(torch.linalg.matrix_norm(right._working(B @ A), 2), eta).to(B.dtype).expand(len(B), 1)
+    return right._scale(torch.linalg.matrix_norm(working(B @ A), 2), eta).to(B.dtype).expand(len(B), 1)
 
 
 @mistake(
@@ -798,7 +799,7 @@ def coefficient_as_written(size, eta):
     harmless="b A has the length of b R' if A' = Q R with orthonormal columns of Q. It makes no (out, in) matrix either.",
 )
 def norms_by_qr(A, B):
-    return (right._working(B) @ torch.linalg.qr(right._working(A).mT).R.mT).norm(dim=-1)
+    return (working(B) @ torch.linalg.qr(working(A).mT).R.mT).norm(dim=-1)
 
 
 @mistake(

@@ -236,7 +236,10 @@ def no_matrix_of_the_weight(module):
         assert 0 < largest.entries <= rank * in_, f"a tensor of {largest.entries} entries was made for a weight of {W0.numel()}"
 
 
-@promise("In half precision sizes are computed in float32: the squares may be beyond it.", of=("_working", "row_norms", "row_scale"))
+@promise(
+    "In half precision sizes are computed in float32: the squares may be beyond it.",
+    of=("row_norms", "row_scale", "dropout_penalty", "escape"),
+)
 def half_precision(module):
     for dtype in (torch.float16, torch.bfloat16):
         A, B = torch.full((2, 4), 60.0, dtype=dtype), torch.full((3, 2), 60.0, dtype=dtype)
@@ -331,6 +334,22 @@ def merging_keeps_the_function(module):
         assert torch.allclose(layer(x), before)
         assert torch.allclose(layer.base.weight, weight + merged * layer.B @ layer.A)
         assert not layer.base.weight.requires_grad, "the frozen weight is a part of autograd's graph"
+
+
+@promise("Float32 factors beside a bfloat16 weight are used in bfloat16, and trained and merged in float32.", of="ALLoRALinear")
+def factors_may_be_more_precise(module):
+    layer, x = module.ALLoRALinear(nn.Linear(5, 4, dtype=torch.bfloat16), rank=2), torch.randn(3, 5, dtype=torch.bfloat16)
+    for factor in (layer.A, layer.B):
+        factor.data = torch.randn(factor.shape)
+    y, weight = layer(x), layer.base.weight.clone()
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert layer.A.grad.dtype == layer.B.grad.dtype == torch.float32
+    layer.merge()
+    assert torch.equal(layer.base.weight, (weight + layer.B @ layer.A).bfloat16())
+    merged = layer.base.weight.clone()
+    layer.unmerge()
+    assert torch.equal(layer.base.weight, (merged - layer.B @ layer.A).bfloat16())
 
 
 @promise("Layers stacked by vmap get the gradients that each gets alone.", of=("_Adapter", "ALLoRALinear"))
