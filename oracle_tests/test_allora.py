@@ -654,9 +654,10 @@ def test_adamw_by_default(impl, case):
 )
 def test_first_step_of_adamw(impl, case):
     A, B = impl.init(W0=case.W0, rank=case.rank, generator=case.seed)
-    state = impl.init_state(A=A, B=B)
-    for moment in state:
-        assert_close(moment, np.zeros_like(moment), size=0, what="a moment before the first step")
+    for factors in ((case.A, 1 + case.B), (A, B)):
+        state = impl.init_state(A=factors[0], B=factors[1])
+        for moment in state:
+            assert_close(moment, np.zeros_like(moment), size=0, what="a moment before the first step")
     true = case.G @ A.T
     # Elsewhere the sign of the sum is up to rounding
     clear = np.abs(true) > 1e-1 * np.abs(case.G) @ np.abs(A).T

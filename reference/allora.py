@@ -48,7 +48,8 @@ PAPER = Paper(
     bibtex_key="huang2024allora",
 )
 
-KINDS = ("row", "matrix", "element", "output", "none")
+OF_WEIGHTS = ("row", "matrix", "element", "none")
+KINDS = (*OF_WEIGHTS, "output")
 DISTRIBUTIONS = ("kaiming", "gaussian")
 
 
@@ -131,7 +132,7 @@ def _row_norms(A: Tensor, B: Tensor) -> Tensor:
     """`row_norms` in working precision."""
     A, B = working(A), working(B)
     # ||(B A)_i||^2 = b_i (A A^T) b_i^T; rounding may leave a small negative number where the row cancels
-    return ((B @ (A @ A.mT)) * B).sum(dim=-1).clamp(min=0).sqrt()
+    return ((B @ (A @ A.mT)) * B).sum(dim=1).clamp(min=0).sqrt()
 
 
 def row_scale(A: Float[Tensor, "rank in"], B: Float[Tensor, "out rank"], eta: float) -> Float[Tensor, " out"]:
@@ -163,7 +164,7 @@ def gradients(
             samples: see `backward`.
     """
     check_shapes(G=(G, "out in"), A=(A, "rank in"), B=(B, "out rank"))
-    check_choice("kind", kind, tuple(k for k in KINDS if k != "output"))
+    check_choice("kind", kind, OF_WEIGHTS)
     _check_eta(eta)
     if kind == "element":
         G = G * _scale(working(B @ A).abs(), eta).to(G.dtype)
@@ -174,11 +175,11 @@ def gradients(
 
 
 def _per_row(A: Tensor, B: Tensor, eta: float, kind: str) -> Tensor:
-    """The diagonal of D as a column (out, 1)."""
-    norms = _row_norms(A, B)[..., None]
+    """The diagonal of D as a column (out, 1), or one number for all rows."""
+    norms = _row_norms(A, B)[:, None]
     if kind == "matrix":
         # ||B A||_F^2 is the sum of the squared rows
-        norms = norms.square().sum(dim=-2, keepdim=True).sqrt().expand_as(norms)
+        norms = norms.square().sum().sqrt()
     return (torch.ones_like(norms) if kind == "none" else _scale(norms, eta)).to(B.dtype)
 
 

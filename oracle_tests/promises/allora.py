@@ -107,10 +107,11 @@ def eta_is_positive(module):
 
 @promise(
     "An unknown kind is refused; `output`, which needs single samples, also by what sees G alone.",
-    of=("gradients", "backward", "sgd_step", "step", "ALLoRALinear", "KINDS"),
+    of=("gradients", "backward", "sgd_step", "step", "ALLoRALinear", "KINDS", "OF_WEIGHTS"),
 )
 def kind_is_known(module):
     assert set(module.KINDS) == {"row", "matrix", "element", "output", "none"}
+    assert set(module.OF_WEIGHTS) == set(module.KINDS) - {"output"}
     G, A, B, x, y = _randn(4, 5), _randn(2, 5), _randn(4, 2), _randn(3, 5), _randn(3, 4)
     state = module.init_state(A, B)
     for bad in ("rows", "", "Row", "output"):
@@ -150,6 +151,9 @@ def moments_fit(module):
     for name in module.State._fields:
         state = module.init_state(A, B)._replace(**{name: _randn(3, 3)})
         refuses(module.step, name, G, A, B, *state, 2.0, t=1, lr=0.1)
+    for factor in ("A", "B"):
+        both = {f"moment{i}_{factor}": torch.zeros(3, 3, dtype=G.dtype) for i in (1, 2)}
+        refuses(module.step, f"moment1_{factor}", G, A, B, *module.init_state(A, B)._replace(**both), 2.0, t=1, lr=0.1)
 
 
 @promise("The escape takes times from zero on, a positive finite growth and a positive eta, which may be infinite.", of="escape")
@@ -249,7 +253,26 @@ def half_precision(module):
         assert torch.equal(d, torch.full((3,), (14400.25) ** -0.5, dtype=torch.float32).to(dtype))
         x = torch.full((1, 4), 300.0, dtype=dtype)
         assert torch.isfinite(module.dropout_penalty(x, A / 256, B / 256, 0.125, p=0.5)).all()
-        assert module.escape(torch.ones(2, dtype=dtype), 2.0, 2.0).dtype == dtype
+        time = torch.linspace(0.1, 3, 20).to(dtype)
+        for eta in (2.0, INF):
+            assert torch.equal(module.escape(time, 2.0, eta), module.escape(time.float(), 2.0, eta).to(dtype))
+
+
+@promise(
+    "In half precision the factors of every kind are those of float32, though eta^2 times a size be too large.",
+    of=("gradients", "backward"),
+)
+def kinds_in_half_precision(module):
+    A, B = torch.full((2, 4), 30.0, dtype=torch.float16), torch.full((3, 2), 30.0, dtype=torch.float16)
+    G, x, y = torch.full((3, 4), 0.01), torch.full((1, 4), 0.5), torch.full((1, 3), 0.01)
+    for kind in module.KINDS:
+        if kind != "output":
+            got, want = module.gradients(G.half(), A, B, 8.0, kind=kind), module.gradients(G, A.float(), B.float(), 8.0, kind=kind)
+            assert all(torch.allclose(one.float(), other, rtol=1e-2) for one, other in zip(got, want, strict=True))
+        given = (y, x, torch.zeros(3, 4), A, B)
+        got = module.backward(*(t.half() for t in given), 8.0, kind=kind)
+        want = module.backward(*(t.float() for t in given), 8.0, kind=kind)
+        assert all(torch.allclose(one.float(), other, rtol=1e-2) for one, other in zip(got, want, strict=True))
 
 
 @promise("In half precision a step of AdamW is computed in float32 and rounded once.", of="step")

@@ -97,9 +97,9 @@ PORTS = {"plain": "ALLoRA", "gaussian": "A ~ N(0, 1/r)", "itself": "own rows, on
 QUANTITIES = {
     "early": Quantity("test loss after 30 steps", 0.5),
     "late": Quantity("test loss after 100 steps", 0.5),
-    "early_of_lora": Quantity("test loss after 30 steps, share of LoRA's", 0.02),
+    "early_of_lora": Quantity("test loss after 30 steps, share of LoRA's", 0.05),
     "late_of_lora": Quantity("test loss after 100 steps, share of LoRA's", 0.02),
-    "early_of_row": Quantity("test loss after 30 steps, share of ALLoRA's", 0.02),
+    "early_of_row": Quantity("test loss after 30 steps, share of ALLoRA's", 0.05),
     "limit": Quantity("largest learning rate, log10, that ends below the start", 1e-6),
     "early_lr": Quantity("learning rate for 30 steps", 1e-9),
     "late_lr": Quantity("learning rate for 100 steps", 1e-9),
@@ -458,9 +458,11 @@ def figure(results: Results) -> Figure:
             for horizon, step in (("early", config.early), ("late", config.steps))
         }
         plotting.draw_bars(ax, [label.replace(", ", ",\n").replace("kind ", "kind\n") for label in FAMILIES.values()], series)
-        ax.set(title=f"{title}, tuned on other seeds", ylabel="test loss", yscale="log")
+        ax.set(title=f"{title}, tuned on other seeds", ylabel="test loss", yscale="log", ylim=(0.2, 20))
+        ax.set_yticks([0.3, 1, 3, 10], ["0.3", "1", "3", "10"])
+        ax.minorticks_off()
         ax.tick_params(axis="x", labelsize=7.5)
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, ncols=2, loc="upper right")
     for i, (name, label) in enumerate(PORTS.items()):
         plotting.draw_curve(ports, results.curves[f"ports.{name}.loss"], label, i)
     ports.set(title="What third-party code does", xlabel="step", ylabel="test loss", yscale="log")
