@@ -559,7 +559,7 @@ def adams(draw: st.DrawFn) -> Adam:
     layer = draw(layers(high=5))
     matrices = Matrices(layer.seed + 1)
     return Adam(
-        gradients=matrices(3, *layer.G.shape),
+        gradients=matrices(2, *layer.G.shape),
         A=layer.A,
         B=layer.B,
         moment1_A=matrices(*layer.A.shape),

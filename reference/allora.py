@@ -371,7 +371,8 @@ class ALLoRALinear(nn.Module):
         y: Tensor = self.base(x)
         if self.merged:
             return y
-        return y + _Adapter.apply(x, self.A.to(x.dtype), self.B.to(x.dtype), self.eta, self.kind)  # type: ignore[no-untyped-call]
+        added: Tensor = _Adapter.apply(x, self.A.to(x.dtype), self.B.to(x.dtype), self.eta, self.kind)  # type: ignore[no-untyped-call]
+        return y + added
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -1,5 +1,6 @@
 """ALLoRA as people port it: code that forms the product is told so, and the layer works under torch's compiler."""
 
+import pytest
 import torch
 
 from loracle.oracle_tests.running import check
@@ -20,6 +21,8 @@ def test_a_port_that_forms_the_product_fails_that_law_alone():
     assert report.count("holds") >= 6
 
 
+# torch makes an instance of an autograd function when it compiles one, and warns of that itself
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_the_layer_compiles_as_one_graph():
     layer = allora.ALLoRALinear(torch.nn.Linear(5, 4, dtype=torch.float64), rank=2, eta=3.0)
     torch.nn.init.normal_(layer.B)

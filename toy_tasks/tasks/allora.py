@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -293,7 +294,9 @@ def _gradients(rule: Rule, start: Params) -> Callable[[Tensor, Tensor, Tensor, P
         if kept is None:
             found = torch.vmap(partial(lora.backward, scaling=rule.number))(*given)
         else:
-            found = torch.vmap(lambda *g: lora.backward(*g[:-1], rule.number, mask=g[-1], p=rule.p))(*given, kept)
+            found = torch.vmap(lambda grad_y, x, W0, A, B, mask: lora.backward(grad_y, x, W0, A, B, rule.number, mask=mask, p=rule.p))(
+                *given, kept
+            )
         return {"A": found.grad_A, "B": found.grad_B}
 
     def of_allora(grad_y: Tensor, x: Tensor, W0: Tensor, params: Params, kept: Tensor | None) -> Params:
@@ -445,10 +448,10 @@ def figure(results: Results) -> Figure:
     _draw_rates(rates, results, config)
     for i, eta in enumerate(config.law_etas):
         curve, exact = (results.curves[f"law.{kind}_{eta}.beta"] for kind in ("eta", "law"))
-        line = plotting.line_style(i)
-        law.plot([k * config.law_lr for k in exact.steps], exact.values[0], label=f"law, eta = {eta}", **(line | {"marker": ""}))
+        line, (points, exact_points) = plotting.line_style(i), (np.array(one.values[0], dtype=float) for one in (curve, exact))
+        law.plot([k * config.law_lr for k in exact.steps], exact_points, label=f"law, eta = {eta}", **(line | {"marker": ""}))
         at = slice(None, None, 5)
-        law.plot([k * config.law_lr for k in curve.steps][at], curve.values[0][at], **(line | {"linestyle": ""}))
+        law.plot([k * config.law_lr for k in curve.steps][at], points[at], **(line | {"linestyle": ""}))
     end = config.law_steps * config.law_lr
     law.plot([0, end], [0, end], color="grey", linewidth=1, label="LoRA, s = 1")
     law.set(title="A row leaves zero (points: measured)", xlabel="time", ylabel="distance in units of its gradient")
