@@ -34,6 +34,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ._adapters import map_alike
 from ._checks import check_choice, check_finite, check_shapes
 from ._linalg import working
 from ._paper import Paper
@@ -368,20 +369,21 @@ class LoRAProAdamW(torch.optim.Optimizer):
         """Move every layer whose factors both have a gradient; returns what `closure` does, which is called first if given."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
-        for layer, group in zip(self.layers, self.param_groups, strict=True):
-            if layer.A.grad is not None and layer.B.grad is not None:
-                self._move(layer, {"X": self.X, "delta": self.delta, **{name: group[name] for name in self.varied}})
+        pairs = zip(self.layers, self.param_groups, strict=True)
+        moving = [pair for pair in pairs if all(factor.grad is not None for factor in pair[1]["params"])]
+        move = step if self.mode == "full" else step_efficient
+        for (layer, _), moved in map_alike(lambda given: move(**given)._asdict(), moving, lambda pair: self._arguments(*pair)):
+            for name, weight in (("A", layer.A), ("B", layer.B), ("W0", layer.base.weight)):
+                weight.copy_(moved.pop(name, weight))
+            self.state[layer.A].update(moved, t=self.state[layer.A].get("t", 0) + 1)
         return loss
 
-    def _move(self, layer: LoRALinear, options: dict[str, Any]) -> None:
-        A, B, kept = layer.A, layer.B, self.state[layer.A]
-        if not kept:
-            kept.update(t=0, **(init_state(A, B) if self.mode == "full" else init_state_efficient(A, B))._asdict())
-        given = {"grad_A": A.grad, "grad_B": B.grad, "A": A, "B": B, "scaling": layer.scaling, **kept, "t": kept["t"] + 1, **options}
-        moved = (step(W0=layer.base.weight.to(A.dtype), **given) if self.mode == "full" else step_efficient(**given))._asdict()
-        for name, weight in (("A", A), ("B", B), ("W0", layer.base.weight)):
-            weight.copy_(moved.pop(name, weight))
-        kept.update(moved, t=given["t"])
+    def _arguments(self, layer: LoRALinear, group: dict[str, Any]) -> dict[str, Any]:
+        A, B, full = layer.A, layer.B, self.mode == "full"
+        kept = self.state[A] or {"t": 0, **(init_state(A, B) if full else init_state_efficient(A, B))._asdict()}
+        numbers = {"scaling": layer.scaling, "X": self.X, "delta": self.delta, **{name: group[name] for name in self.varied}}
+        given = {"grad_A": A.grad, "grad_B": B.grad, "A": A, "B": B, **kept, "t": kept["t"] + 1, **numbers}
+        return given | {"W0": layer.base.weight.to(A.dtype)} if full else given
 
 
 def _checked(grad_A: Tensor, grad_B: Tensor, A: Tensor, B: Tensor, X: str | Tensor) -> Iterator[Tensor]:

@@ -134,7 +134,10 @@ def factors_own_their_memory(module):
             assert factor.untyped_storage().nbytes() == factor.numel() * factor.element_size()
 
 
-@promise("In half precision the decomposition, the projections and the inverses are made in float32.", of=("init", "optimal_gradient", "projected_gradient"))
+@promise(
+    "In half precision the decomposition, the projections and the inverses are made in float32.",
+    of=("init", "optimal_gradient", "projected_gradient"),
+)
 def half_precision(module):
     update = _randn(6, 7)
     for dtype in (torch.float16, torch.bfloat16):
