@@ -202,7 +202,7 @@ class Long(NamedTuple):
     formula=r"\mathrm{diag}\big( B (A A^\top) B^\top \big), \quad m = n = 2^{22}",
     needs=("row_norms", "row_scale"),
     tolerance=4,
-    cases=st.builds(Long, side=st.just(2**22), eta=st.sampled_from(ETAS)),
+    cases=st.just(Long(side=2**22, eta=2.0)),
     examples=1,
 )
 def test_no_dense_product(impl, case):
@@ -503,6 +503,7 @@ class Uphill(NamedTuple):
     needs=("gradients",),
     tolerance=64,
     cases=st.builds(Uphill, flip=st.booleans(), sign=st.sampled_from([1.0, -1.0])),
+    examples=4,
 )
 def test_step_may_go_uphill(impl, case):
     order = [1, 0] if case.flip else [0, 1]

@@ -251,10 +251,18 @@ class Losses(NamedTuple):
 
 
 def train(
-    problem: _Problem, rule: Rule, rates: Sequence[float], make: Callable[[float], Optimizer], tick: Callable[[], None], start: str = "A"
+    problem: _Problem,
+    rule: Rule,
+    rates: Sequence[float],
+    make: Callable[[float], Optimizer],
+    tick: Callable[[], None],
+    *,
+    start: str = "A",
+    points: Sequence[int] | None = None,
 ) -> Losses:
-    """Train every seed with every learning rate at once."""
+    """Train every seed with every learning rate at once; test losses after the steps `points` (default: every few)."""
     config, count = problem.config, len(rates)
+    measured_at = set(points or range(0, config.steps + 1, config.every))
 
     def repeat(part: Tensor) -> Tensor:
         return part.repeat(count, *[1] * (part.ndim - 1))
@@ -266,7 +274,7 @@ def train(
     optimizer, gradients = make(1.0), _gradients(rule, params)
     state, steps, losses = optimizer.init_state(params), [], []
     for t in range(config.steps + 1):
-        if t % config.every == 0:
+        if t in measured_at:
             W = W0 + s * params["B"] @ params["A"]
             steps.append(t)
             losses.append((test @ W.mT - test_y).square().sum(dim=-1).mean(dim=-1))
@@ -342,7 +350,7 @@ def run_rates(config: Config, trial: Trial) -> Measurements:
     rules = [Rule("lora", s) for s in config.scalings] + [Rule("row", eta) for eta in config.etas]
     tick = trial.counter(len(rules) * config.steps)
     for rule in rules:
-        losses, name = train(problem, rule, rates, sgd, tick), f"{rule.kind}_{rule.number:g}"
+        losses, name = train(problem, rule, rates, sgd, tick, points=(0, config.steps)), f"{rule.kind}_{rule.number:g}"
         for i, multiple in enumerate(config.rates):
             measured.add(f"{name}_x{multiple}", late=losses.after(config.steps)[i])
         usable = losses.after(config.steps) < losses.values[..., 0]
@@ -392,12 +400,12 @@ def run_tuned(make: Callable[[float], Optimizer], config: Config, trial: Trial) 
         of_lora = family in ("lora", "dropout")
         numbers = config.scalings if of_lora else config.etas
         rules = [Rule("lora" if of_lora else family, number, config.dropout if family == "dropout" else 0.0) for number in numbers]
-        tried = [train(tuning, rule, rates, make, tick) for rule in rules]
+        tried = [train(tuning, rule, rates, make, tick, points=(config.early, config.steps)) for rule in rules]
         final[family] = {}
         for horizon, step in (("early", config.early), ("late", config.steps)):
             scores = torch.stack([losses.after(step).mean(dim=1) for losses in tried])
             i, j = divmod(int(scores.argmin()), len(rates))
-            losses = train(problem, rules[i], [rates[j]], make, tick)
+            losses = train(problem, rules[i], [rates[j]], make, tick, points=(step,))
             final[family][horizon] = losses.after(step)[0]
             count = len(trial.seeds)
             chosen = {f"{horizon}_lr": [rates[j]] * count, f"{horizon}_number": [rules[i].number] * count}
