@@ -19,7 +19,7 @@ Where paper and code differ (`SKDDJ/LoLDU`), and what is left open:
 - The official code subtracts the leading part with the start of z for `lu`, `uniform`, `normal` and `constant`, but with the
   pivots for `ones`, `zeros`, `s_uniform` and `s_normal`: there the model does not start at W0. Here the start is subtracted
   for every name (`preserve=True`), or the pivots (`preserve=False`), as the code does for those four.
-- Official `disable` and `remove` leave the residual, not W0. The layer here keeps W0 and adds the change, so that it can.
+- Official `disable` and `remove` leave the residual, not W0. `restore` gives W0 back; the layer here keeps it all along.
 - A zero pivot gives NaN or infinity there, an error here; only the leading `rank` pivots have to be non-zero.
 - sigma is a parameter there that the optimizer is not given. Here `train_scaling` chooses; the default is the same.
 - The start by `lu` is the default of the code. That the paper's tables use it is an inference.
@@ -110,8 +110,7 @@ def _factorise(W0: Tensor, rank: int) -> LDU:
     """The leading part of the factorisation, in at least float32."""
     swaps, L, upper = torch.linalg.lu(_working(W0))  # W0 = swaps L upper, with |L| at most 1
     D = upper.diagonal()[:rank]
-    zero = (D == 0).nonzero()
-    if len(zero):
+    if len(zero := (D == 0).nonzero()):
         others = f"a rank of at most {int(zero[0])}, " if zero[0] else ""
         raise ValueError(
             f"W0 has a zero pivot at position {int(zero[0]) + 1} of {min(W0.shape)}: the column there depends on those before it, "
@@ -136,8 +135,8 @@ def draw_noise(
     check_shapes(W0=(W0, "out in"))
     check_rank(rank, W0)
     check_choice("distribution", distribution, ("normal", "uniform"))
-    drawn, normal = W0.new_empty(rank), distribution == "normal"
-    return drawn.normal_(0, 1, generator=generator) if normal else drawn.uniform_(-1, 1, generator=generator)
+    drawn = W0.new_empty(rank)
+    return drawn.normal_(generator=generator) if distribution == "normal" else drawn.uniform_(-1, 1, generator=generator)
 
 
 def init_diagonal(
@@ -154,9 +153,8 @@ def init_diagonal(
     check_shapes(D=(D, "rank"), noise=(noise, "rank"))
     check_choice("diagonal", diagonal, DIAGONALS)
     if not NOISE[diagonal]:
-        ones = torch.ones_like(D)
-        starts: dict[str, Tensor] = {"lu": D.clone(), "constant": D.mean() * ones, "ones": ones, "zeros": 0 * ones}
-        return starts[diagonal]
+        starts: dict[str, Tensor | float] = {"lu": D, "constant": D.mean(), "ones": 1.0, "zeros": 0.0}
+        return torch.ones_like(D) * starts[diagonal]
     if noise is None:
         raise ValueError(f"noise is missing; for the diagonal {diagonal!r} use draw_noise(..., distribution={NOISE[diagonal]!r})")
     if diagonal == "normal" and len(D) < 2:
@@ -186,8 +184,6 @@ def init(
         ValueError: `rank` is not in 1..min(out, in), W0 is not finite, a leading pivot is zero, `scaling` is not positive, or as
             `init_diagonal`.
     """
-    check_shapes(W0=(W0, "out in"), noise=(noise, "rank"))
-    check_rank(rank, W0)
     if not 0 < scaling < math.inf:
         raise ValueError(f"scaling is {scaling!r}; needed a positive finite number")
     (U, subtracted, L, P), z = _start(W0, rank, diagonal, noise, preserve)
@@ -198,6 +194,8 @@ def init(
 
 def _start(W0: Tensor, rank: int, diagonal: str, noise: Tensor | None, preserve: bool) -> tuple[LDU, Tensor]:
     """The leading factors, with the diagonal that the residual is made with in place of D, and the start of z; as stored."""
+    check_shapes(W0=(W0, "out in"), noise=(noise, "rank"))
+    check_rank(rank, W0)
     check_finite(W0=W0)
     U, D, L, P = _factorise(W0, rank)
     z = init_diagonal(D, diagonal=diagonal, noise=None if noise is None else noise.to(D))
@@ -264,6 +262,22 @@ def unmerge(
     return W - _checked_delta(U, z, L, P, scaling)
 
 
+def restore(
+    W_base: Float[Tensor, "out in"],
+    U: Float[Tensor, "rank in"],
+    z: Float[Tensor, " rank"],
+    L: Float[Tensor, "out rank"],
+    P: Int[Tensor, " out"],
+    scaling: float,
+) -> Float[Tensor, "out in"]:
+    """The pretrained weight W0 (out, in), up to rounding, from the residual and the diagonal `z` that it was made with.
+
+    That is the start of z, or the pivots without `preserve`; the scaling is the one of the start. What disabling or removing the
+    adapter has to give: the residual alone is not W0. Raises as `merge`.
+    """
+    return merge(W_base, U, z, L, P, scaling)
+
+
 def _checked_delta(U: Tensor, z: Tensor, L: Tensor, P: Tensor, scaling: float) -> Tensor:
     """The trained part, after a look at P's values."""
     _check_index(P, L)
@@ -304,15 +318,13 @@ def fit_diagonal(
     check_shapes(target=(target, "out in"), U=(U, "rank in"), L=(L, "out rank"))
     _check_index(P, L)
     check_finite(target=target, U=U, L=L)
-    if scaling == 0 or not math.isfinite(scaling):
-        raise ValueError(f"scaling is {scaling!r}; needed a finite number that is not zero")
     right, left, wanted = _working(U), _working(L)[P], _working(target)
     # sigma^2 [(L^T L) o (U U^T)] z = sigma (l_i^T T u_i^T)_i; the Gram matrix is positive definite
-    gram = (left.mT @ left) * (right @ right.mT)
-    z, failed = torch.linalg.solve_ex(gram, ((left.mT @ wanted) * right).sum(dim=1))
+    gram, inner = (left.mT @ left) * (right @ right.mT), ((left.mT @ wanted) * right).sum(dim=1)
+    z, failed = torch.linalg.solve_ex(scaling**2 * gram, scaling * inner)
     if failed or not z.isfinite().all():
-        raise ValueError("the Gram matrix of U and L is singular; needed columns of L and rows of U that are independent")
-    return _stored("z", z / scaling, target)
+        raise ValueError(f"no best diagonal for scaling {scaling!r}, U and L; needed a finite scaling, not zero, and factors of full rank")
+    return _stored("z", z, target)
 
 
 def num_trainable(W0: Float[Tensor, "out in"], *, rank: int, train_scaling: bool = False) -> int:
@@ -356,7 +368,6 @@ class LoLDULinear(nn.Module):
     ) -> None:
         super().__init__()
         W0, scaling = base.weight.detach(), scaling_factor(alpha, rank)
-        check_rank(rank, W0)
         kind = NOISE.get(diagonal)
         noise = draw_noise(W0, rank=rank, distribution=kind, generator=generator) if kind else None
         (U, subtracted, L, P), z = _start(W0, rank, diagonal, noise, preserve)
@@ -417,10 +428,8 @@ def _check_index(P: Tensor, L: Tensor) -> None:
 
 if __name__ == "__main__":
     layer = LoLDULinear(nn.Linear(24, 16), rank=8)
-    x, W0 = torch.randn(3, 24), layer.base.weight.clone()
+    W0 = layer.base.weight.detach()
     print("trainable:", sum(p.numel() for p in layer.parameters() if p.requires_grad), "instead of", W0.numel())
-    print("change by adapting:", (layer(x) - layer.base(x)).abs().max().item())
-    for name, kind in NOISE.items():
-        noise = draw_noise(W0, rank=8, distribution=kind) if kind else None
-        weights = init(W0, 1 / 8, rank=8, diagonal=name, noise=noise, preserve=False)
-        print(f"start without `preserve`, {name}: off by {(merge(*weights, 1 / 8) - W0).norm() / W0.norm():.3f}")
+    for preserve in (True, False):
+        weights = init(W0, 1 / 8, rank=8, diagonal="ones", preserve=preserve)
+        print(f"start at ones, preserve={preserve}: off by {(merge(*weights, 1 / 8) - W0).norm() / W0.norm():.0e}")
