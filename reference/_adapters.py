@@ -6,6 +6,19 @@ from collections.abc import Callable
 from torch import nn
 
 
+def matching_linears(model: nn.Module, pattern: str) -> dict[str, nn.Linear]:
+    """Every `nn.Linear` whose dotted name fully matches the regular expression `pattern`, in the model's order.
+
+    Raises:
+        ValueError: no name matches; the message lists the names that exist.
+    """
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    chosen = {name: linear for name, linear in linears.items() if name and re.fullmatch(pattern, name)}
+    if not chosen:
+        raise ValueError(f"no nn.Linear is named like {pattern!r}; the model has: {', '.join(linears) or 'none'}")
+    return chosen
+
+
 def replace_linears(model: nn.Module, pattern: str, make: Callable[[nn.Linear], nn.Module]) -> list[str]:
     """Replace, in place, every `nn.Linear` whose dotted name fully matches the regular expression `pattern`.
 
@@ -19,10 +32,7 @@ def replace_linears(model: nn.Module, pattern: str, make: Callable[[nn.Linear], 
     Raises:
         ValueError: no name matches; the message lists the names that exist.
     """
-    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    chosen = [name for name in names if name and re.fullmatch(pattern, name)]
-    if not chosen:
-        raise ValueError(f"no nn.Linear is named like {pattern!r}; the model has: {', '.join(names) or 'none'}")
+    chosen = list(matching_linears(model, pattern))
     model.requires_grad_(False)
     for name in chosen:
         linear = model.get_submodule(name)
