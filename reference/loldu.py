@@ -34,6 +34,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ._checks import check_choice, check_finite, check_rank, check_shapes
+from ._linalg import working
 from ._paper import Paper
 
 PAPER = Paper(
@@ -101,14 +102,14 @@ def ldu(W0: Float[Tensor, "out in"]) -> LDU:
         ValueError: W0 is not a finite floating-point matrix, or a pivot is zero.
     """
     check_shapes(W0=(W0, "out in"))
-    check_finite(W0=W0)
     U, D, L, P = _factorise(W0, min(W0.shape))
     return LDU(_stored("U", U, W0), _stored("D", D, W0), _stored("L", L, W0), P)
 
 
 def _factorise(W0: Tensor, rank: int) -> LDU:
     """The leading part of the factorisation, in at least float32."""
-    swaps, L, upper = torch.linalg.lu(_working(W0))  # W0 = swaps L upper, with |L| at most 1
+    check_finite(W0=W0)
+    swaps, L, upper = torch.linalg.lu(working(W0))  # W0 = swaps L upper, with |L| at most 1
     D = upper.diagonal()[:rank]
     if len(zero := (D == 0).nonzero()):
         others = f"a rank of at most {int(zero[0])}, " if zero[0] else ""
@@ -188,15 +189,14 @@ def init(
         raise ValueError(f"scaling is {scaling!r}; needed a positive finite number")
     (U, subtracted, L, P), z = _start(W0, rank, diagonal, noise, preserve)
     # W_res = W0 - sigma P L_r diag(z_0) U_r, with the factors as they are stored, so that their rounding cancels
-    leading = delta_weight(_working(U), _working(subtracted), _working(L), P, scaling)
-    return Weights(_stored("W_base", _working(W0) - leading, W0), U, z, L, P)
+    leading = delta_weight(working(U), working(subtracted), working(L), P, scaling)
+    return Weights(_stored("W_base", working(W0) - leading, W0), U, z, L, P)
 
 
 def _start(W0: Tensor, rank: int, diagonal: str, noise: Tensor | None, preserve: bool) -> tuple[LDU, Tensor]:
     """The leading factors, with the diagonal that the residual is made with in place of D, and the start of z; as stored."""
     check_shapes(W0=(W0, "out in"), noise=(noise, "rank"))
     check_rank(rank, W0)
-    check_finite(W0=W0)
     U, D, L, P = _factorise(W0, rank)
     z = init_diagonal(D, diagonal=diagonal, noise=None if noise is None else noise.to(D))
     D = z if preserve else D
@@ -317,7 +317,7 @@ def fit_diagonal(
     check_shapes(target=(target, "out in"), U=(U, "rank in"), L=(L, "out rank"))
     _check_index(P, L)
     check_finite(target=target, U=U, L=L)
-    right, left, wanted = _working(U), _working(L)[P], _working(target)
+    right, left, wanted = working(U), working(L)[P], working(target)
     # sigma^2 [(L^T L) o (U U^T)] z = sigma (l_i^T T u_i^T)_i; the Gram matrix is positive definite
     gram, inner = (left.mT @ left) * (right @ right.mT), ((left.mT @ wanted) * right).sum(dim=1)
     z, failed = torch.linalg.solve_ex(scaling**2 * gram, scaling * inner)
@@ -339,10 +339,11 @@ def num_trainable(W0: Float[Tensor, "out in"], *, rank: int, train_scaling: bool
 class LoLDULinear(nn.Module):
     """A frozen `nn.Linear` with a trained diagonal between its LU factors: (..., in) -> (..., out). Only `z` (rank) is trained.
 
-    Computes W0 x + P L diag(sigma z - offset) U x, which is the paper's residual form with the residual written out: `offset` is
-    what it subtracts, sigma_0 z_0 or with `preserve=False` sigma_0 D. So `base` keeps W0, nothing ever changes it, and
-    `disable()` and `unmerge()` restore it bit for bit. `scaling` starts at alpha / rank and is a second parameter with
-    `train_scaling`. The other options as in `init`; the noise is drawn with `generator`.
+    Computes W0 x + P L diag(sigma z - sigma_0 z_0) U x, which is the paper's form with the residual written out (z_0 is D with
+    `preserve=False`). So `base` keeps W0, nothing ever changes it, and `disable()` and `unmerge()` restore it bit for bit.
+    `scaling` starts at alpha / rank and is a second parameter with `train_scaling`. The other options as in `init`; the noise is
+    drawn with `generator`. The factors may be made more precise than the weight, as in `layer.z.data = layer.z.data.float()`
+    beside bfloat16: they are used in the precision of x, and trained and merged in that of z.
 
     Raises:
         ValueError: as `init`.
@@ -351,7 +352,8 @@ class LoLDULinear(nn.Module):
     U: Tensor
     L: Tensor
     P: Tensor
-    offset: Tensor
+    z0: Tensor
+    scaling0: Tensor
     merged: Tensor | None
 
     def __init__(
@@ -369,24 +371,25 @@ class LoLDULinear(nn.Module):
         W0, scaling = base.weight.detach(), scaling_factor(alpha, rank)
         kind = NOISE.get(diagonal)
         noise = draw_noise(W0, rank=rank, distribution=kind, generator=generator) if kind else None
-        (U, subtracted, L, P), z = _start(W0, rank, diagonal, noise, preserve)
+        (U, z0, L, P), z = _start(W0, rank, diagonal, noise, preserve)
         self.base = base.requires_grad_(False)
         self.scaling = nn.Parameter(W0.new_tensor(scaling), requires_grad=train_scaling)
         self.z = nn.Parameter(z)
-        for name, factor in {"U": U, "L": L, "P": P, "offset": self.scaling.detach() * subtracted}.items():
+        for name, factor in {"U": U, "L": L, "P": P, "z0": z0, "scaling0": self.scaling.detach().clone()}.items():
             self.register_buffer(name, factor)
         self.register_buffer("merged", None, persistent=False)
         self.enabled = True
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        if not self.enabled or self.merged is not None:
-            W = self.merged if self.enabled and self.merged is not None else self.base.weight
+        W = self.merged if self.enabled else self.base.weight
+        if W is not None:
             return nn.functional.linear(x, W, self.base.bias)
-        return forward(x, self.base.weight, self.U, self._change(), self.L, self.P, 1.0, bias=self.base.bias)
+        U, change, L = (factor.to(x.dtype) for factor in (self.U, self._change(), self.L))
+        return forward(x, self.base.weight, U, change, L, self.P, 1.0, bias=self.base.bias)
 
     def _change(self) -> Tensor:
         """The diagonal that is added to W0's own, scaling included; exactly zero at the start with `preserve`."""
-        return self.scaling * self.z - self.offset
+        return self.scaling * self.z - self.scaling0 * self.z0.to(self.z.dtype)
 
     def disable(self) -> None:
         """Compute the pretrained layer W0 x + b, whatever was trained or merged, until `enable()`."""
@@ -399,16 +402,12 @@ class LoLDULinear(nn.Module):
     @torch.no_grad()
     def merge(self) -> None:
         """Keep the merged weight beside W0, after which the layer costs what `base` costs. Training goes on after `unmerge()`."""
-        self.merged = merge(self.base.weight, self.U, self._change(), self.L, self.P, 1.0)
+        W0, U, change, L = (t.to(self.z.dtype) for t in (self.base.weight, self.U, self._change(), self.L))
+        self.merged = merge(W0, U, change, L, self.P, 1.0).to(self.base.weight.dtype)
 
     def unmerge(self) -> None:
         """Drop the merged weight: the layer is W0 and the factors again, without any rounding."""
         self.merged = None
-
-
-def _working(tensor: Tensor) -> Tensor:
-    """The tensor in the precision of the linear algebra: float32 for half precision, else its own."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _stored(name: str, tensor: Tensor, W0: Tensor) -> Tensor:
@@ -422,13 +421,14 @@ def _stored(name: str, tensor: Tensor, W0: Tensor) -> Tensor:
 def _check_index(P: Tensor, L: Tensor) -> None:
     """Check dtype, shape and device of P. No value is read."""
     if P.dtype != torch.int64 or P.shape != L.shape[:1] or P.device != L.device:
-        raise ValueError(f"P is {P.dtype} {tuple(P.shape)} on {P.device}; needed torch.int64 of shape ({L.shape[0]},) on {L.device}")
+        raise ValueError(
+            f"P is {P.dtype} {tuple(P.shape)} on {P.device}; needed torch.int64, one for each of {len(L)} rows of L, on {L.device}"
+        )
 
 
 if __name__ == "__main__":
     layer = LoLDULinear(nn.Linear(24, 16), rank=8)
     W0 = layer.base.weight.detach()
     print("trainable:", sum(p.numel() for p in layer.parameters() if p.requires_grad), "instead of", W0.numel())
-    for preserve in (True, False):
-        weights = init(W0, 1 / 8, rank=8, diagonal="ones", preserve=preserve)
-        print(f"start at ones, preserve={preserve}: off by {(merge(*weights, 1 / 8) - W0).norm() / W0.norm():.0e}")
+    weights = init(W0, 1 / 8, rank=8, diagonal="ones", preserve=False)
+    print(f"start at ones without `preserve`: off by {(merge(*weights, 1 / 8) - W0).norm() / W0.norm():.0%}")

@@ -70,7 +70,7 @@ def permutation_transposed(W0, rank):
 )
 def exchanges_for_a_permutation(W0, rank):
     U, D, L, P = _exact(W0, rank)
-    exchanges = torch.linalg.lu_factor(right._working(W0))[1].long() - 1
+    exchanges = torch.linalg.lu_factor(right.working(W0))[1].long() - 1
     return LDU(U, D, L, torch.cat([exchanges, torch.arange(len(exchanges), len(P))]))
 
 
@@ -122,7 +122,7 @@ def pivots_go_to_L(W0, rank):
     breaks=("loldu.L3", "loldu.L5d"),
 )
 def no_pivoting(W0, rank):
-    rest, small = right._working(W0).clone(), min(W0.shape)
+    rest, small = right.working(W0).clone(), min(W0.shape)
     U, D, L = [], [], []
     for j in range(small):
         D.append(rest[j, j])
@@ -648,8 +648,8 @@ def fit_as_if_orthogonal(target, U, L, P, scaling):
 
 @mistake("The best diagonal is that of L^+ T U^+, which is not the least-squares one.", replaces="fit_diagonal", breaks=("loldu.L10a",))
 def fit_by_pseudoinverses(target, U, L, P, scaling):
-    left, right_ = (torch.linalg.pinv(right._working(M)) for M in (L[P], U))
-    return ((left @ right._working(target) @ right_).diagonal() / scaling).to(target)
+    left, right_ = (torch.linalg.pinv(right.working(M)) for M in (L[P], U))
+    return ((left @ right.working(target) @ right_).diagonal() / scaling).to(target)
 
 
 @mistake("The fit lacks sigma.", replaces="fit_diagonal", breaks=("loldu.L10a", "loldu.L10b"))
