@@ -99,7 +99,7 @@ def ldu(W0: Float[Tensor, "out in"]) -> LDU:
     unique. Half precision is factored in float32. Source: the paper's section on the method, official `loldu.py`.
 
     Raises:
-        ValueError: W0 is not a finite floating-point matrix, or a pivot is zero.
+        ValueError: W0 is no floating-point matrix, has an entry that is NaN or infinite, or a pivot is zero.
     """
     check_shapes(W0=(W0, "out in"))
     U, D, L, P = _factorise(W0, min(W0.shape))
@@ -190,7 +190,7 @@ def init(
     (U, subtracted, L, P), z = _start(W0, rank, diagonal, noise, preserve)
     # W_res = W0 - sigma P L_r diag(z_0) U_r, with the factors as they are stored, so that their rounding cancels
     leading = delta_weight(working(U), working(subtracted), working(L), P, scaling)
-    return Weights(_stored("W_base", working(W0) - leading, W0), U, z, L, P)
+    return Weights(_stored("W_base", W0 - leading, W0), U, z, L, P)
 
 
 def _start(W0: Tensor, rank: int, diagonal: str, noise: Tensor | None, preserve: bool) -> tuple[LDU, Tensor]:
@@ -243,7 +243,7 @@ def merge(
     Raises:
         ValueError: shapes or dtypes do not fit, an entry is NaN or infinite, or P does not hold each row once.
     """
-    check_shapes(W_base=(W_base, "out in"), U=(U, "rank in"), z=(z, "rank"), L=(L, "out rank"))
+    check_shapes(W_base=(W_base, "out in"), U=(U, "rank in"), L=(L, "out rank"))
     check_finite(W_base=W_base, U=U, z=z, L=L)
     return W_base + _checked_delta(U, z, L, P, scaling)
 
@@ -257,7 +257,7 @@ def unmerge(
     scaling: float,
 ) -> Float[Tensor, "out in"]:
     """The residual W_base = W - sigma P L diag(z) U (out, in) from a merged weight, up to rounding. Raises as `merge`."""
-    check_shapes(W=(W, "out in"), U=(U, "rank in"), z=(z, "rank"), L=(L, "out rank"))
+    check_shapes(W=(W, "out in"), U=(U, "rank in"), L=(L, "out rank"))
     check_finite(W=W, U=U, z=z, L=L)
     return W - _checked_delta(U, z, L, P, scaling)
 
@@ -273,14 +273,14 @@ def restore(
     """The pretrained weight W0 (out, in), up to rounding, from the residual and the diagonal `z` that it was made with.
 
     That is the start of z, or the pivots without `preserve`; the scaling is the one of the start. What disabling or removing the
-    adapter has to give: the residual alone is not W0. Raises as `merge`.
+    adapter has to give: the residual alone is not W0. Raises as `merge`, where entries are NaN or infinite among others.
     """
     return merge(W_base, U, z, L, P, scaling)
 
 
 def _checked_delta(U: Tensor, z: Tensor, L: Tensor, P: Tensor, scaling: float) -> Tensor:
     """The trained part, after a look at P's values."""
-    if not torch.equal(P.sort().values, torch.arange(len(P), dtype=P.dtype, device=P.device)):
+    if not torch.equal(P.sort().values, torch.arange(len(P), device=P.device)):
         raise ValueError(f"P is no permutation; needed each of 0..{len(P) - 1} once, such that P L = L[P]")
     return delta_weight(U, z, L, P, scaling)
 
@@ -320,8 +320,8 @@ def fit_diagonal(
     right, left, wanted = working(U), working(L)[P], working(target)
     # sigma^2 [(L^T L) o (U U^T)] z = sigma (l_i^T T u_i^T)_i; the Gram matrix is positive definite
     gram, inner = (left.mT @ left) * (right @ right.mT), ((left.mT @ wanted) * right).sum(dim=1)
-    z, failed = torch.linalg.solve_ex(scaling**2 * gram, scaling * inner)
-    if failed or not z.isfinite().all():
+    z = torch.linalg.solve_ex(scaling**2 * gram, scaling * inner).result
+    if not z.isfinite().all():
         raise ValueError(f"no best diagonal for scaling {scaling!r}, U and L; needed a finite scaling, not zero, and factors of full rank")
     return _stored("z", z, target)
 
@@ -421,9 +421,7 @@ def _stored(name: str, tensor: Tensor, W0: Tensor) -> Tensor:
 def _check_index(P: Tensor, L: Tensor) -> None:
     """Check dtype, shape and device of P. No value is read."""
     if P.dtype != torch.int64 or P.shape != L.shape[:1] or P.device != L.device:
-        raise ValueError(
-            f"P is {P.dtype} {tuple(P.shape)} on {P.device}; needed torch.int64, one for each of {len(L)} rows of L, on {L.device}"
-        )
+        raise ValueError(f"P is {P.dtype} {tuple(P.shape)} on {P.device}; needed torch.int64 ({len(L)},), as L has rows, on {L.device}")
 
 
 if __name__ == "__main__":

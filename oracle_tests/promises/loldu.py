@@ -83,6 +83,28 @@ def rank_is_in_range(module):
     assert module.init(W, rank=4).z.shape == module.draw_noise(W, rank=4).shape == (4,)
 
 
+@promise("What is not finite is told as that, before anything is computed from it.", of=("_factorise", "fit_diagonal", "merge", "unmerge"))
+def not_finite(module):
+    for bad in (math.nan, math.inf):
+        spoiled = _randn(4, 5)
+        spoiled[1, 2] = bad
+        for function, given in ((module.ldu, {}), (module.init, {"rank": 2})):
+            assert "W0 has" in _message(function, spoiled, **given)
+            assert "NaN or infinite" in _message(function, spoiled, **given)
+        good = {"target": _randn(4, 5), "U": _randn(2, 5), "L": _randn(4, 2)}
+        for name, value in good.items():
+            wrong = value.clone()
+            wrong[0, 0] = bad
+            assert f"{name} has 1 of" in _message(module.fit_diagonal, **{**good, name: wrong}, P=torch.arange(4), scaling=1.0)
+
+
+@promise("The eight starts of the diagonal have the official code's names.", of=("DIAGONALS", "NOISE"))
+def names_of_the_starts(module):
+    assert module.DIAGONALS == ("lu", "uniform", "normal", "constant", "ones", "zeros", "s_uniform", "s_normal")
+    assert {name for name, kind in module.NOISE.items() if kind == "normal"} == {"normal", "s_normal"}
+    assert {name for name, kind in module.NOISE.items() if kind == "uniform"} == {"uniform", "s_uniform"}
+
+
 @promise("The scaling of a start is positive and finite.", of="init")
 def scaling_is_positive(module):
     for bad in (0.0, -1.0, math.nan, math.inf):
@@ -178,7 +200,8 @@ def half_precision(module):
         assert {t.dtype for t in weights[:4]} == {dtype}
         W_base, U, z, L, P = (t if t.dtype == torch.int64 else t.double() for t in weights)
         assert torch.equal((low.double() - module.delta_weight(U, z, L, P, 0.5)).to(dtype), W_base.to(dtype))
-        assert module.fit_diagonal(low, weights.U, weights.L, P, 0.5).dtype == dtype
+        single = module.fit_diagonal(low.float(), weights.U.float(), weights.L.float(), P, 0.5)
+        assert torch.equal(module.fit_diagonal(low, weights.U, weights.L, P, 0.5), single.to(dtype))
 
 
 @promise(
@@ -186,8 +209,8 @@ def half_precision(module):
     of=("init", "ldu", "init_diagonal"),
 )
 def factors_own_their_memory(module):
-    W0, D = _randn(4, 5), _randn(3)
-    for found in (module.ldu(W0), module.init(W0, rank=2)):
+    D = _randn(3)
+    for found in (f for W0 in (_randn(4, 5), _randn(5, 4), _randn(4, 4)) for f in (module.ldu(W0), module.init(W0, rank=2))):
         for part in found[:-1]:
             assert part.is_contiguous()
             assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
@@ -258,6 +281,8 @@ def only_the_diagonal_is_trained(module):
         assert {name for name, p in layer.named_parameters() if p.requires_grad} == trained
         assert sum(p.numel() for p in layer.parameters() if p.requires_grad) == module.num_trainable(layer.base.weight, rank=3, **options)
         assert set(layer.state_dict()) == {"base.weight", "base.bias", "U", "z", "L", "P", "z0", "scaling", "scaling0"}
+        assert not any(buffer.requires_grad for buffer in layer.buffers())
+        assert all(p.is_leaf for p in layer.parameters())
         other = module.LoLDULinear(_linear(), rank=3)
         other.load_state_dict(layer.state_dict())
         x = _randn(2, 5)
