@@ -315,7 +315,7 @@ def _start(D, diagonal, noise):
     "loldu.L18a",
     says="Without noise the diagonal starts at the pivots (the default), their mean, ones or zeros.",
     formula=r"z_0 = D_r; \quad \mathrm{constant}:\ \mu = \tfrac1r \sum_i D_i; \quad 1; \quad 0",
-    needs=("init_diagonal.diagonal",),
+    needs=("init_diagonal.diagonal", "init_diagonal.noise"),
     tolerance=4,
     cases=diagonals(),
 )
@@ -442,7 +442,7 @@ def _by_hand(case, z):
     "loldu.L5a",
     says="The layer starts at the pretrained weight, whatever the diagonal starts at.",
     formula=r"W_{res} + \sigma P L_r\, \mathrm{diag}(z_0)\, U_r = W_0",
-    needs=("init.diagonal", "init.noise"),
+    needs=("init.scaling", "init.diagonal", "init.noise"),
     tolerance=8,
     cases=starts(),
 )
@@ -457,7 +457,7 @@ def test_start(impl, case):
     "loldu.L5b",
     says="Without `preserve` the residual is made with the pivots, and the layer starts off by what the diagonal differs from them.",
     formula=r"W = W_0 + \sigma P L_r\, \mathrm{diag}(z_0 - D_r)\, U_r",
-    needs=("init.diagonal", "init.noise", "init.preserve"),
+    needs=("init.scaling", "init.diagonal", "init.noise", "init.preserve"),
     tolerance=8,
     cases=starts(),
 )
@@ -476,7 +476,7 @@ def test_start_without_preserve(impl, case):
     "loldu.L5c",
     says="The residual lacks sigma times the leading part at the start of the diagonal.",
     formula=r"W_{res} = W_0 - \sigma P L_r\, \mathrm{diag}(z_0)\, U_r",
-    needs=("init.diagonal", "init.noise"),
+    needs=("init.scaling", "init.diagonal", "init.noise"),
     tolerance=8,
     cases=starts(),
 )
@@ -491,7 +491,7 @@ def test_residual(impl, case):
     "loldu.L5d",
     says="The factors are the leading ones in the order of elimination, and the diagonal starts as its name says.",
     formula=r"U_r = U_{1..r,:}, \quad L_r = L_{:,1..r}, \quad z_0 = z_0(D_{1..r})",
-    needs=("init.diagonal", "init.noise"),
+    needs=("init.scaling", "init.diagonal", "init.noise"),
     tolerance=8,
     cases=starts(),
 )
@@ -695,7 +695,7 @@ def test_unmerge(impl, case):
     "loldu.L20",
     says="Without the adapter the layer is the pretrained one: the residual and the leading part at the start, not the residual alone.",
     formula=r"W_0 = W_{res} + \sigma P L_r\, \mathrm{diag}(z_0)\, U_r \ne W_{res}",
-    needs=("init.diagonal", "init.noise", "restore"),
+    needs=("init.scaling", "init.diagonal", "init.noise", "restore"),
     tolerance=8,
     cases=starts(),
 )

@@ -14,7 +14,7 @@ def _order(case):
 
 
 def _diagonal(case):
-    return right.DIAGONALS[case.number]
+    return right.DIAGONALS[case.number - 1]
 
 
 def _unique(case, found):
@@ -30,8 +30,8 @@ def _unique_of_weights(case, found):
 
 # Each case has one of the eight starts of the diagonal
 OBSERVABLES = Observables(
-    choices={"distribution": ("normal", "uniform")},
-    values={"P": _order, "diagonal": _diagonal, "preserve": False, "train_scaling": True},
+    choices={"distribution": ("normal", "uniform"), "preserve": (True, False)},
+    values={"P": _order, "diagonal": _diagonal, "train_scaling": True},
     gauge_free={"ldu": _unique, "init": _unique_of_weights},
 )
 
@@ -242,7 +242,7 @@ def inverse_everywhere(W0, rank):
 # The start of the diagonal
 
 
-@mistake("Without a name the diagonal starts at ones.", replaces="init_diagonal", breaks=("loldu.L18a", "loldu.L5e"))
+@mistake("Without a name the diagonal starts at ones.", replaces="init_diagonal", breaks=("loldu.L18a",))
 def ones_by_default(D, *, diagonal="ones", noise=None):
     return right.init_diagonal(D, diagonal=diagonal, noise=noise)
 
@@ -543,14 +543,14 @@ def delta_without_diagonal(U, z, L, P, scaling):
     return right.delta_weight(U, torch.ones_like(z), L, P, scaling)
 
 
-@mistake("Merging lacks sigma, which the forward has.", replaces="merge", breaks=("loldu.L8b", "loldu.L8c"))
-def merge_without_scaling(W_base, U, z, L, P, scaling):
-    return right.merge(W_base, U, z, L, P, 1.0)
-
-
 @mistake("Merging gives the trained part alone.", replaces="merge", breaks=("loldu.L8b", "loldu.L8c"))
 def merge_without_residual(W_base, U, z, L, P, scaling):
     return right.merge(0 * W_base, U, z, L, P, scaling)
+
+
+@mistake("Merging lacks sigma, which the forward has.", replaces="merge", breaks=("loldu.L8b", "loldu.L8c"))
+def merge_without_scaling(W_base, U, z, L, P, scaling):
+    return right.merge(W_base, U, z, L, P, 1.0)
 
 
 @mistake("Merging lacks the permutation.", replaces="merge", breaks=("loldu.L8b", "loldu.L8c"))
