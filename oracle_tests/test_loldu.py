@@ -977,3 +977,26 @@ def test_pivoting_bounds_the_factors(case):
     found = _eliminate(case.W0)
     assert np.abs(found.L).max() == 1
     assert_close(found.L[1, 0], tiny, size=1.0, what="the one entry below the diagonal")
+
+
+@theorem(
+    "loldu.T7",
+    says="With the pretrained weight preserved the start of the diagonal drops out: descent goes through the same weights from each.",
+    formula=r"W_t = W_0 + \sigma P L\, \mathrm{diag}(z_t - z_0)\, U, \quad z_t - z_0 \text{ free of } z_0",
+    tolerance=512,
+    cases=layers(),
+)
+def test_the_start_drops_out(case):
+    matrices, (m, n) = Matrices(11), case.G.shape
+    problem = LinearRegression(matrices.orthonormal(9, n) * 3, matrices(9, m))
+    PL, paths = _rows_back(case.L, case.P), []
+    lr = 0.5 / np.linalg.norm(_columns(case), 2) ** 2
+    for z0 in (case.z, 0 * case.z, 10 * matrices(case.rank)):
+        z, path, residual = z0, [], case.W_base - _sum(case.U, z0, case.L, case.P, case.scaling)[0]
+        for _ in range(10):
+            path.append(residual + _sum(case.U, z, case.L, case.P, case.scaling)[0])
+            z = z - lr * case.scaling * np.einsum("mr,mn,rn->r", PL, problem.grad(path[-1]), case.U)
+        paths.append(np.array(path))
+    size = 10 * np.abs(np.array(paths)).max() + 30 * _sum(case.U, np.ones(case.rank), case.L, case.P, case.scaling)[1].max()
+    for path in paths[1:]:
+        assert_close(path, paths[0], size=size, what="weights along the training from another start")
