@@ -6,7 +6,6 @@ pivots and U are then unique. With more rows than columns the rows that are neve
 compared as the product L[P], and L itself by its leading rows.
 """
 
-import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -54,25 +53,16 @@ def _weight(matrices, rows, columns):
     return ((L * _pivots(matrices, small)) @ U)[matrices.rng.permutation(rows)]
 
 
-class Factored(NamedTuple):
-    """What elimination by hand finds."""
+class Factored:
+    """What elimination by hand finds: U (small, in), D (small,), L (out, small) in pivot order, and the rows in that order."""
 
-    U: np.ndarray  # (small, in)
-    D: np.ndarray  # (small,)
-    L: np.ndarray  # (out, small), in pivot order
-    order: np.ndarray  # the row of the weight that is the i-th row of L
-    conditioning: float
+    def __init__(self, U, D, L, order, conditioning):
+        self.U, self.D, self.L, self.order, self.conditioning = U, D, L, order, conditioning
 
 
 def _eliminate(W0):
-    """Elimination with row pivoting; a case asks for it several times."""
-    return _eliminated(W0.shape, W0.tobytes())
-
-
-@functools.lru_cache(maxsize=64)
-def _eliminated(shape, entries):
-    """Elimination, written out: subtract one outer product after the other."""
-    W0, (m, n) = np.frombuffer(entries).reshape(shape), shape
+    """Elimination with row pivoting, written out: subtract one outer product after the other."""
+    m, n = W0.shape
     rest, rows, U, D, columns = W0.copy(), list(range(m)), [], [], []
     order = []
     for j in range(min(m, n)):
@@ -429,9 +419,9 @@ def _each_start(case):
         yield given, _start(D, name, case.noise), f"with the diagonal {name!r}"
 
 
-def _by_hand(case, z):
+def _by_hand(case, z, found=None):
     """sigma P L_r diag(z) U_r from elimination by hand, the size of its terms for this z and the pivots, and the conditioning."""
-    found = _eliminate(case.W0)
+    found = found or _eliminate(case.W0)
     leading = found.U[: case.rank], found.L[:, : case.rank], np.argsort(found.order)
     part, _ = _sum(leading[0], z, *leading[1:], case.scaling)
     _, size = _sum(leading[0], np.abs(z) + np.abs(found.D[: case.rank]), *leading[1:], case.scaling)
@@ -462,14 +452,15 @@ def test_start(impl, case):
     cases=starts(),
 )
 def test_start_without_preserve(impl, case):
-    D = _eliminate(case.W0).D[: case.rank]
+    found = _eliminate(case.W0)
+    D = found.D[: case.rank]
+    leading, whole, conditioning = _by_hand(case, D, found)
     for given, z0, named in _each_start(case):
         W_base, U, z, L, P = impl.init(**given, preserve=False)
-        off, size, conditioning = _by_hand(case, z0 - D)
+        off, size, _ = _by_hand(case, z0 - D, found)
         got = W_base + _sum(U, z, L, P, case.scaling)[0]
         assert_close(got, case.W0 + off, size=size, conditioning=conditioning, what=f"W at the start {named}")
-        leading, size, conditioning = _by_hand(case, D)
-        assert_close(W_base + leading, case.W0, size=size, conditioning=conditioning, what=f"residual and leading part {named}")
+        assert_close(W_base + leading, case.W0, size=whole, conditioning=conditioning, what=f"residual and leading part {named}")
 
 
 @law(
@@ -481,8 +472,9 @@ def test_start_without_preserve(impl, case):
     cases=starts(),
 )
 def test_residual(impl, case):
+    found = _eliminate(case.W0)
     for given, z0, named in _each_start(case):
-        leading, size, conditioning = _by_hand(case, z0)
+        leading, size, conditioning = _by_hand(case, z0, found)
         got = impl.init(**given).W_base
         assert_close(got + leading, case.W0, size=size, conditioning=conditioning, what=f"residual and leading part {named}")
 
