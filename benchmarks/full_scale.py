@@ -12,9 +12,7 @@ from loracle.toy_tasks.full_scale.bench import measure, runs
 SHAPE = (256, 688, 4, 4, 2048)
 AT_LEAST = 0.95  # of the speed of PEFT's LoRA
 
-found = measure(
-    runs(None, rank=8, precision="float32", sequence=128, rows=4, cpu=True), SHAPE, steps=3, rounds=15, cpu=True
-)
+found = measure(runs(None, rank=8, precision="float32", sequence=128, rows=4, cpu=True), SHAPE, steps=3, rounds=15, cpu=True)
 lora = next(one for one in found.methods if one.method == "lora")
 for one in found.methods:
     print(f"{one.method}: speed {one.relative_speed:.3f}, memory {one.relative_memory:.3f}, start {one.init_seconds:.2f} s")

@@ -4,27 +4,22 @@ Rank 64, float32. "copies" are three slices, as in the official code; "block" an
 whole weight once to refuse what is not finite; "pinv, corrected" subtracts the product from the weight as well. PiSSA decomposes
 the weight exactly, or by `torch.svd_lowrank` with four iterations; both are timed without PiSSA's own correction. Calls
 alternate, and the fastest of several counts, since other work on a machine only adds time; the exact decompositions from 2048
-on are timed once. The numbers are written to
-`benchmarks/results/nlora.json`, which the site shows. Widths may be given: `python benchmarks/nlora.py 512 1024`; then nothing
-is written.
+on are timed once. Widths may be given: `python benchmarks/nlora.py 512 1024`; then nothing is written.
 """
 
-import json
 import math
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
+from _results import write
 
 from loracle.reference import nlora
 
 RANK, WIDTHS, CALLS = 64, (512, 1024, 2048, 4096), 15
-RESULT = Path(__file__).parent / "results" / "nlora.json"
 SLOW = "PiSSA, exact SVD"
 
 
@@ -68,8 +63,8 @@ def exponent(widths: tuple[int, ...], times: list[float]) -> float:
     return float(np.polyfit(np.log(widths), np.log(times), 1)[0])
 
 
-def main(widths: tuple[int, ...], write: bool) -> None:
-    """Print the times and the exponents, and write them."""
+def main(widths: tuple[int, ...], keep: bool) -> None:
+    """Print the times and the exponents, and keep them."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     rows = []
     for width in widths:
@@ -79,13 +74,10 @@ def main(widths: tuple[int, ...], write: bool) -> None:
     exponents = {name: exponent(widths, times) for name, times in found.items()} if len(widths) > 1 else {}
     for name, power in exponents.items():
         print(f"{name:22} grows with the width to the power {power:.2f}")
-    if write:
-        environment = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
-        record = {"schema": 1, "rank": RANK, "widths": widths, **environment, "seconds": found, "exponents": exponents}
-        RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text(json.dumps(record, indent=1) + "\n")
+    if keep:
+        write("nlora", {"rank": RANK, "widths": widths, "seconds": found, "exponents": exponents})
 
 
 if __name__ == "__main__":
     chosen = tuple(map(int, sys.argv[1:]))
-    main(chosen or WIDTHS, write=not chosen)
+    main(chosen or WIDTHS, keep=not chosen)

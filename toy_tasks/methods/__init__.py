@@ -46,6 +46,8 @@ class Method:
     """One paper's method and its options."""
 
     layer: ClassVar[type[nn.Module]]  # what `attach` puts in the place of a linear layer
+    # Its rows in `loracle toy compare`: a word for the row's name, and the options changed for it
+    compared: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}}
 
     def attach(self, model: nn.Module, setup: Setup) -> list[str]:
         """Put the adapters into the model, in place; afterwards just what they train requires a gradient.
