@@ -1,4 +1,4 @@
-"""`accelerate launch -m loracle.toy_tasks.full_scale SLUG [options]`: the command `loracle full run` in every process that accelerate starts."""
+"""`accelerate launch -m loracle.toy_tasks.full_scale SLUG [options]`: `loracle full run` in every process that accelerate starts."""
 
 import sys
 from importlib.metadata import entry_points
