@@ -60,7 +60,8 @@ class Engine:
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(self.device.type, (self.ranks,))
-        ignored = set(self.whole)
+        # A number cannot be sharded either
+        ignored = {*self.whole, *(p for p in model.parameters() if p.dim() == 0)}
         for block in blocks(model):
             fully_shard(block, mesh=mesh, ignored_params=ignored)
         fully_shard(model, mesh=mesh, ignored_params=ignored)

@@ -100,9 +100,17 @@ def write_lora(trained: Trained, to: Path) -> str:
     from peft import LoraConfig
 
     changes = {name: total_change(trained, name) for name in trained.names}
-    rank = next(iter(changes.values())).A.shape[0]
+    ranks = {name: change.A.shape[0] for name, change in changes.items()}
+    rank = max(ranks.values())
+    lower = {name: own for name, own in ranks.items() if own < rank}  # layers too small for the rank of the others
     config = LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=list(changes), task_type="CAUSAL_LM", base_model_name_or_path=trained.run.model
+        r=rank,
+        lora_alpha=rank,
+        rank_pattern=lower,
+        alpha_pattern=lower,
+        target_modules=list(changes),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=trained.run.model,
     )
     tensors = {f"{name}.lora_A.weight": change.A for name, change in changes.items()}
     tensors |= {f"{name}.lora_B.weight": change.B for name, change in changes.items()}

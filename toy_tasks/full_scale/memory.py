@@ -84,7 +84,10 @@ def added(method: str, out: int, inn: int, rank: int, options: Mapping[str, Any]
         case "nlora":
             return Counts(factors + rank * rank, 0)
         case "loldu":
-            return Counts(rank, factors + out)
+            rank = min(rank, out, inn)
+            scalings = 2  # the one in use, which may be trained, and the one of the start
+            more = int(bool(options.get("train_scaling", False)))
+            return Counts(rank + more, rank * (out + inn) + out + rank + scalings - more)
         case "randlora":
             small = min(out, inn)
             return Counts(math.ceil(small / rank) * (rank + small), 0)
