@@ -1,8 +1,8 @@
 r"""Block-LoRA: split the rank of LoRA into blocks, let all of them share one down-projection, and add up their up-projections.
 
 Zhou et al. split B and A along the rank into `blocks` pairs and give all pairs the same A: fewer numbers to train, and b - 1
-products that become one sum of matrices. The blocks enter through their sum alone, so the layer is LoRA of rank r / b, trained
-with a learning rate of B that is b times as large (`to_compact_lora`, `compact_settings`; our derivation, not the paper's).
+products that become one sum of matrices. The blocks enter through their sum alone, so the layer is LoRA of rank r / b with the same
+s, trained with a learning rate of B that is b times as large (`to_compact_lora`, `compact_settings`; our derivation).
 
 | here             | paper            | shape       | meaning                                            |
 |------------------|------------------|-------------|----------------------------------------------------|
@@ -208,7 +208,7 @@ def to_lora(A: Float[Tensor, "block_rank in"], B: Float[Tensor, "blocks out bloc
 def to_compact_lora(A: Float[Tensor, "block_rank in"], B: Float[Tensor, "blocks out block_rank"]) -> LoRAFactors:
     """The LoRA of rank rank / blocks that is the same layer: A as it is, and the sum of the blocks (out, rank / blocks).
 
-    Trained with `compact_settings` it stays the same layer at every step. Raises ValueError if the shapes do not fit.
+    Trained with `compact_settings` and the same scaling it stays the same layer at every step. Raises ValueError if the shapes do not fit.
     """
     check_shapes(A=(A, "block_rank in"), B=(B, "blocks out block_rank"))
     return LoRAFactors(A.clone(), B.sum(dim=0))
@@ -219,7 +219,7 @@ def compact_settings(lr: float, *, blocks: int, weight_decay: float = 0.0) -> Se
 
     Exact for every optimizer whose step treats entries one by one and is linear in the weights (SGD, momentum, Adam, AdamW), from
     any start; where decay enters the gradient of an adaptive optimizer (Adam with L2), from equal blocks. Not for clipping by the
-    norm of all gradients, which counts B's b times, nor for optimizers that look at a tensor's norm. Our derivation.
+    norm of all gradients, which counts that of B b times, nor for optimizers that look at a tensor's norm. Our derivation.
 
     Raises ValueError if `blocks` is no whole number of at least 1.
     """
@@ -229,7 +229,7 @@ def compact_settings(lr: float, *, blocks: int, weight_decay: float = 0.0) -> Se
 
 
 def fit_delta(D: Float[Tensor, "out in"], scaling: float = 1.0, *, rank: int, blocks: int) -> Factors:
-    """Factors whose update is as near to D (out, in) as any: its best part of rank r / b, not r. Of all such blocks the smallest.
+    """Factors whose update is as near to D (out, in) as any: its best part of rank r / b, not r. The blocks are equal.
 
     Raises:
         ValueError: `rank` is not in 1..min(out, in), `blocks` does not divide it, `D` is not finite, or `scaling` is not

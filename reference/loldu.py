@@ -23,7 +23,7 @@ Where paper and code differ (`SKDDJ/LoLDU`), and what is left open:
 - A zero pivot gives NaN or infinity there, an error here; only the leading `rank` pivots have to be non-zero.
 - sigma is a parameter there that the optimizer is not given. Here `train_scaling` chooses; the default is the same.
 - The start by `lu` is the default of the code. That the paper's tables use it is an inference.
-- L and U are not orthogonal, only P is: the paper's word "orthogonality" holds for nothing else.
+- The paper speaks of orthogonality. P is orthogonal; L and U are not.
 """
 
 import math
@@ -128,7 +128,7 @@ def draw_noise(
 ) -> Float[Tensor, " rank"]:
     """Draw the `noise` (rank) of a random initialisation, in dtype and on the device of `W0`.
 
-    `distribution` is "normal" (mean 0, width 1) or "uniform" (from -1 to 1); `NOISE` says which one an initialisation needs.
+    `distribution` is "normal" (mean 0, standard deviation 1) or "uniform" (from -1 to 1); `NOISE` says which one an initialisation needs.
 
     Raises:
         ValueError: `rank` is not in 1..min(out, in), or the distribution is unknown.
@@ -272,8 +272,8 @@ def restore(
 ) -> Float[Tensor, "out in"]:
     """The pretrained weight W0 (out, in), up to rounding, from the residual and the diagonal `z` that it was made with.
 
-    That is the start of z, or the pivots without `preserve`; the scaling is the one of the start. What disabling or removing the
-    adapter has to give: the residual alone is not W0. Raises as `merge`, where entries are NaN or infinite among others.
+    That is the start of z, or the pivots without `preserve`; the scaling is the one of the start. Disabling or removing the adapter
+    has to give this, not the residual. Raises as `merge`.
     """
     return merge(W_base, U, z, L, P, scaling)
 
