@@ -115,7 +115,7 @@ def _factorise(W0: Tensor, rank: int) -> LDU:
         others = f"a rank of at most {int(zero[0])}, " if zero[0] else ""
         raise ValueError(
             f"W0 has a zero pivot at position {int(zero[0]) + 1} of {min(W0.shape)}: the column there depends on those before it, "
-            f"and no unit upper triangle exists; use {others}a method without pivots, or leave the layer out"
+            f"and its row of U would be divided by zero; use {others}a method without pivots, or leave the layer out"
         )
     # The LU's upper triangle is diag(D) U: each row is divided by its pivot
     U = upper[:rank] / D[:, None]
