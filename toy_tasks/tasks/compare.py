@@ -179,7 +179,8 @@ def entrants() -> dict[str, Entrant]:
         title = "full fine-tuning" if slug == REFERENCE else None
         for name, options in make(slug).compared.items():
             title = title or importlib.import_module(f"{REFERENCE_ROOM}.{slug}").PAPER.name
-            found["_".join(filter(None, (slug, name)))] = Entrant(", ".join(filter(None, (title, name))), make(slug, options))
+            label = ", ".join(filter(None, (title, name.replace("_", " "))))
+            found["_".join(filter(None, (slug, name)))] = Entrant(label, make(slug, options))
     return found
 
 
