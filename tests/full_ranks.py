@@ -54,7 +54,7 @@ def final_weights(kind, name, case):
     if run.gradient_checkpointing:
         prepared.model.activation_checkpointing_enable()
     if kind == "fsdp":
-        frozen = [p for block in prepared.model.model.layers for p in block.parameters() if p not in set(prepared.whole)]
+        frozen = [p for block in prepared.model.model.layers for p in block.parameters() if p.dim() and p not in set(prepared.whole)]
         assert frozen, name
         assert all(isinstance(p, DTensor) and p.to_local().numel() * ranks == p.numel() for p in frozen), f"{name} is not sharded"
         assert not any(isinstance(p, DTensor) for p in prepared.whole), name
