@@ -1,8 +1,8 @@
 r"""ALLoRA: no scaling and no dropout; instead each output row's gradient shrinks as that row of B A grows.
 
 Huang and Balestriero name three faults of LoRA in short trainings: dropout has no time to average out, B leaves zero slowly, and
-the scaling factor couples layers. They drop both numbers, and divide row i of the gradient that reaches A and B by the root of
-||(B A)_i|| + 1 / eta^2: steps are `eta` times as long while B A is zero, and shrink later.
+the scaling factor couples layers. They drop dropout and scaling, and divide row i of the gradient that reaches A and B by the root
+of ||(B A)_i|| + 1 / eta^2: the gradient is `eta` times as long while B A is zero, and less so later.
 
 | here             | paper            | shape       | meaning                                            |
 |------------------|------------------|-------------|----------------------------------------------------|
@@ -339,7 +339,7 @@ class _Adapter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B = ctx.saved_tensors
-        # d comes from the A and B of this very pass, and is a number for the optimizer: nothing is differentiated through it
+        # d comes from the A and B of this very pass, as a constant: nothing is differentiated through it
         grad_A, grad_B = _factor_gradients(grad_y, x, A, B, ctx.eta, ctx.kind)
         return (grad_y @ B) @ A, grad_A, grad_B, None, None
 

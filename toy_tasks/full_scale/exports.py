@@ -83,16 +83,12 @@ def export(out: Path, to: Path, kind: str | None = None, *, cache: Path | None =
         raise UsageError(f"{to} is there already; give another folder")
     trained = load_trained(out, cache=cache)
     obstacle = trained.method.obstacle(weight_decay=trained.run.weight_decay)
-    write = None if obstacle else write_lora
-    own = getattr(trained.method, "peft_tensors", None)  # a format of its own in PEFT
-    if own is not None:
-        write = write_own
-    if kind == "peft" and write is None:
+    if kind == "peft" and obstacle:
         raise UsageError(f"{trained.run.method} cannot be exported as an adapter: {obstacle}; use --kind merged")
-    if kind == "merged" or write is None:
+    if kind == "merged" or obstacle:
         write_merged(trained, to)
         return "merged", obstacle or "asked for"
-    return "peft", write(trained, to)
+    return "peft", write_lora(trained, to)
 
 
 def write_lora(trained: Trained, to: Path) -> str:
@@ -121,14 +117,6 @@ def write_lora(trained: Trained, to: Path) -> str:
         else "that of the run"
     )
     return f"LoRA of rank {rank}, {why}"
-
-
-def write_own(trained: Trained, to: Path) -> str:
-    """An adapter in a format that PEFT has for this very method."""
-    config, tensors = trained.method.peft_tensors(trained.model)  # type: ignore[attr-defined]
-    config.base_model_name_or_path = trained.run.model
-    _write_adapter(to, config, tensors)
-    return f"PEFT's own format {config.peft_type.value}"
 
 
 def _write_adapter(to: Path, config: Any, tensors: Mapping[str, Tensor]) -> None:
