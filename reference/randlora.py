@@ -134,8 +134,7 @@ def ternarise(u: Float[Tensor, "..."], *, sparsity: float = 3.0) -> Float[Tensor
     check_shapes(u=(u, "..."))
     if not 1 <= sparsity < math.inf:
         raise ValueError(f"sparsity is {sparsity!r}; needed a finite number of at least 1")
-    tail = 1 / (2 * sparsity)
-    return (u > 1 - tail).to(u.dtype) - (u < tail).to(u.dtype)
+    return (u > 1 - 1 / (2 * sparsity)).to(u.dtype) - (u < 1 / (2 * sparsity)).to(u.dtype)
 
 
 def normalise(base: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -215,7 +214,7 @@ def init(W0: OutIn, *, rank: int, zero: str = "lambdas") -> Diagonals:
 
 
 class _ThroughBase(torch.autograd.Function):
-    """x A~^T or, `turned`, x A~, where the rows of A~ (bases rank, small) are lambda_jk A_k gamma_j.
+    """s x A~^T or, `turned`, s x A~, where the rows of A~ (bases rank, small) are lambda_jk A_k gamma_j.
 
     Only x, gammas, A and lambdas are kept for the backward, which makes A~ again: it is as large as a square weight.
     """
@@ -223,25 +222,27 @@ class _ThroughBase(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, gammas: Tensor, A: Tensor, lambdas: Tensor, turned: bool) -> Tensor:
-        stacked = _stacked(gammas, A, lambdas)
+    def forward(x: Tensor, gammas: Tensor, A: Tensor, lambdas: Tensor, scaling: float, turned: bool) -> Tensor:
+        stacked = _stacked(gammas, A, scaling * lambdas)
         return x @ (stacked if turned else stacked.mT)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:4])
-        ctx.turned = inputs[4]
+        ctx.scaling, ctx.turned = inputs[4:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x, gammas, A, lambdas), (grad_z,), turned = ctx.saved_tensors, grads, ctx.turned
-        stacked = _stacked(gammas, A, lambdas) if ctx.needs_input_grad[0] else None
-        grad_x = None if stacked is None else grad_z @ (stacked.mT if turned else stacked)
-        g = (x.mT @ grad_z if turned else grad_z.mT @ x).view(*lambdas.shape, -1)
-        # Not in training, where the base is frozen
-        grad_A = torch.einsum("jki,jk,ji->ki", g, lambdas, gammas) if ctx.needs_input_grad[2] else None
-        grad_gammas, grad_lambdas = _of_diagonals(g, gammas, A, lambdas)
-        return grad_x, grad_gammas, grad_A, grad_lambdas, None
+        (x, gammas, A, lambdas), (grad_z,), scaled = ctx.saved_tensors, grads, ctx.scaling * ctx.saved_tensors[3]
+        grad_x = grad_A = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_z @ (_stacked(gammas, A, scaled).mT if ctx.turned else _stacked(gammas, A, scaled))
+        g = (x.mT @ grad_z if ctx.turned else grad_z.mT @ x).view(*lambdas.shape, -1)
+        if ctx.needs_input_grad[2]:  # not in training, where the base is frozen
+            grad_A = torch.einsum("jki,jk,ji->ki", g, scaled, gammas)
+        # Where nothing will be differentiated again, g is this function's own
+        grad_gammas, grad_lambdas = _of_diagonals(g * A if torch.is_grad_enabled() else g.mul_(A), gammas, scaled)
+        return grad_x, grad_gammas, grad_A, ctx.scaling * grad_lambdas, None, None
 
 
 def _stacked(gammas: Tensor, A: Tensor, lambdas: Tensor) -> Tensor:
@@ -249,9 +250,8 @@ def _stacked(gammas: Tensor, A: Tensor, lambdas: Tensor) -> Tensor:
     return (lambdas[:, :, None] * A * gammas[:, None, :]).flatten(0, 1)
 
 
-def _of_diagonals(g: Tensor, gammas: Tensor, A: Tensor, lambdas: Tensor) -> Gradients:
-    """The gradients of the diagonals from `g` (bases, rank, small), the gradient of A~."""
-    product = g * A
+def _of_diagonals(product: Tensor, gammas: Tensor, lambdas: Tensor) -> Gradients:
+    """The gradients of the diagonals from the gradient of A~ times A, entry by entry (bases, rank, small)."""
     # dL/dgamma_ji = sum_k g_jki A_ki lambda_jk and dL/dlambda_jk = sum_i g_jki A_ki gamma_ji
     return Gradients((lambdas[:, None, :] @ product).squeeze(1), (product @ gammas[:, :, None]).squeeze(2))
 
@@ -279,14 +279,15 @@ def forward(
     """
     check_shapes(x=(x, "... in"), W0=(W0, "out in"), bias=(bias, "out"))
     wide = _check_factors(gammas, A, lambdas, B, W0=W0)
-    frozen = nn.functional.linear(x, W0, bias)
-    x, columns = _rows(_drop(x, mask, p)), B.flatten(1)
-    # Tall: y = W0 x + s B~ A~ x; wide: y = W0 x + s A~^T B~^T x
-    hidden = _ThroughBase.apply(x @ columns if wide else x, gammas, A, lambdas, wide)  # type: ignore[no-untyped-call]
+    rows, columns = _rows(_drop(x, mask, p)), B.flatten(1)
     if wide:
-        return torch.add(frozen, hidden.view_as(frozen), alpha=scaling)
-    # addmm adds s times the product while it is formed, which saves one pass over y
-    return torch.addmm(_rows(frozen), hidden, columns.mT, alpha=scaling).view_as(frozen)
+        # y = W0 x + s A~^T B~^T x; the order of the two paths keeps the most memory held at once small
+        turned: Tensor = _ThroughBase.apply(rows @ columns, gammas, A, lambdas, scaling, True)  # type: ignore[no-untyped-call]
+        return nn.functional.linear(x, W0, bias) + turned.view(*x.shape[:-1], len(W0))
+    frozen = nn.functional.linear(x, W0, bias)
+    hidden: Tensor = _ThroughBase.apply(rows, gammas, A, lambdas, scaling, False)  # type: ignore[no-untyped-call]
+    # y = W0 x + s B~ A~ x; addmm adds the product while it is formed, which saves one pass over y
+    return torch.addmm(_rows(frozen), hidden, columns.mT).view_as(frozen)
 
 
 def delta_weight(gammas: BasesSmall, A: RankSmall, lambdas: BasesRank, B: LargeBasesRank, scaling: float, *, wide: bool = False) -> OutIn:
@@ -322,7 +323,8 @@ def gradients(G: OutIn, gammas: BasesSmall, A: RankSmall, lambdas: BasesRank, B:
     """Gradients of the diagonals from G = dL/dW (out, in). Raises ValueError if the shapes do not fit."""
     wide = _check_factors(gammas, A, lambdas, B, G=G)
     # g_jki = s (B_j^T G)_ki, with G transposed for wide layers
-    return _of_diagonals(scaling * (B.flatten(1).mT @ (G.mT if wide else G)).view(*lambdas.shape, -1), gammas, A, lambdas)
+    g = scaling * (B.flatten(1).mT @ (G.mT if wide else G)).view(*lambdas.shape, -1)
+    return _of_diagonals(g * A, gammas, lambdas)
 
 
 def fit_gammas(target: OutIn, A: RankSmall, lambdas: BasesRank, B: LargeBasesRank, scaling: float) -> BasesSmall:
@@ -337,8 +339,7 @@ def fit_gammas(target: OutIn, A: RankSmall, lambdas: BasesRank, B: LargeBasesRan
     wide = _check_factors(None, A, lambdas, B, target=target)
     A_, lambdas_, B_, M = map(_working, (A, lambdas, B, target.mT if wide else target))
     # M_oi = s sum_j (B_j Lambda_j A)_oi gamma_ji
-    terms = scaling * torch.einsum("ojk,jk,ki->ioj", B_, lambdas_, A_)
-    found: Tensor = torch.linalg.lstsq(terms, M.mT[:, :, None]).solution
+    found: Tensor = torch.linalg.lstsq(scaling * torch.einsum("ojk,jk,ki->ioj", B_, lambdas_, A_), M.mT[:, :, None]).solution
     return found.squeeze(2).mT.to(target.dtype)
 
 
@@ -362,13 +363,12 @@ def svd_blocks(W0: OutIn, *, rank: int) -> Float[Tensor, "bases out in"]:
     Raises:
         ValueError: `rank` does not divide min(out, in), as the theorem needs it, or `W0` is not finite.
     """
-    bases = num_bases(W0, rank=rank)
-    if min(W0.shape) % rank:
+    if num_bases(W0, rank=rank) * rank != min(W0.shape):
         raise ValueError(f"rank is {rank}; needed a divisor of {min(W0.shape)}, the smaller side of W0: the theorem has equal blocks")
     check_finite(W0=W0)
     U, S, Vh = torch.linalg.svd(_working(W0), full_matrices=False)
     # U_j Sigma_j V_j^T
-    return torch.einsum("ojk,jki->joi", (U * S).unflatten(1, (bases, rank)), Vh.unflatten(0, (bases, rank))).to(W0.dtype)
+    return torch.einsum("ojk,jki->joi", (U * S).unflatten(1, (-1, rank)), Vh.unflatten(0, (-1, rank))).to(W0.dtype)
 
 
 class BasePair(nn.Module):
