@@ -157,7 +157,7 @@ def test_function_at_the_start(impl, case):
     says="The update is the sum of B_j diag(lambda_j) A diag(gamma_j), transposed for a layer with more inputs than outputs.",
     formula=r"\Delta W = s \sum_j B_j \Lambda_j A \Gamma_j, \quad m < n:\ \Delta W = s \sum_j \Gamma_j A^\top \Lambda_j B_j^\top",
     needs=("delta_weight",),
-    tolerance=8,
+    tolerance=12,
     cases=layers(),
 )
 def test_delta_weight(impl, case):
@@ -339,13 +339,13 @@ def drawn(draw: st.DrawFn) -> Drawn:
     )
 
 
-def _assert_rank(delta, rank, largest, what):
-    """Assert that the singular values beyond `rank` are rounding and the one before them is not."""
-    values = np.linalg.svd(delta, compute_uv=False)
+def _assert_rank(delta, expected, rank, largest, what):
+    """Assert that the singular values beyond `rank` are rounding and the one before them is what it should be."""
+    values, sound = np.linalg.svd(delta, compute_uv=False), np.linalg.svd(expected, compute_uv=False)[rank - 1]
     assert_close(values[rank:], np.zeros(len(values) - rank), size=largest, what=f"singular values beyond {rank} of {what}")
-    if values[rank - 1] < 1e-4 * values[0]:
-        raise TooCoarse  # the draw is nearly singular by chance
-    return values
+    if sound < 1e-4 * values[0]:
+        raise TooCoarse  # nearly singular by chance
+    assert values[rank - 1] > sound / 2, f"{what} has rank below {rank}: a singular value is {values[rank - 1]:.3g}, expected {sound:.3g}"
 
 
 @law(
@@ -365,13 +365,8 @@ def test_full_rank(impl, case):
         lambdas = case.lambdas * (np.arange(len(case.lambdas)) < k)[:, None]
         delta = impl.delta_weight(gammas=case.gammas, lambdas=lambdas, **options)
         assert delta.shape == case.W0.shape, f"Delta W has shape {delta.shape}, W0 {case.W0.shape}"
-        rank = min(small, k * case.rank)
-        values = np.linalg.svd(delta, compute_uv=False)
-        if rank < small:
-            _assert_rank(delta, rank, size, f"the first {k} terms")
-        else:
-            # Below 1e-7 of the largest: of random bases one in ten million
-            assert values[-1] > 1e-7 * values[0], f"Delta W has rank below {small}: its smallest singular value is {values[-1]:.3g}"
+        expected = _sum(case.gammas, A, lambdas, B, case.scaling, wide)[0]
+        _assert_rank(delta, expected, min(small, k * case.rank), size, f"the sum of the first {k} terms")
 
 
 @law(
@@ -387,11 +382,8 @@ def test_constant_gammas_collapse(impl, case):
     gammas, wide = np.repeat(case.gammas[:, :1], case.gammas.shape[1], axis=1), case.W0.shape[0] < case.W0.shape[1]
     delta = impl.delta_weight(gammas=gammas, lambdas=case.lambdas, A=A, B=B, scaling=case.scaling, wide=wide)
     size = np.linalg.norm(_sum(gammas, A, case.lambdas, B, case.scaling, wide)[1])
-    if case.rank < min(case.W0.shape):
-        _assert_rank(delta, case.rank, size, "a sum with constant gammas")
-    else:
-        values = np.linalg.svd(delta, compute_uv=False)
-        assert_close(np.sum(values**2), np.sum(delta**2), size=size**2, what="squared norm")
+    expected = _sum(gammas, A, case.lambdas, B, case.scaling, wide)[0]
+    _assert_rank(delta, expected, case.rank, size, "a sum with constant gammas")
 
 
 @st.composite
@@ -423,7 +415,7 @@ def _jacobian(delta, gammas, lambdas):
     says="The updates that diagonals can reach form a family of N (r + d - 1) dimensions: each term has one scale too many.",
     formula=r"\mathrm{rank}\ \partial \Delta W / \partial(\lambda, \gamma) = N (r + d - 1)",
     needs=("delta_weight",),
-    tolerance=64,
+    tolerance=24,
     cases=small_drawn(),
     examples=25,
 )
@@ -431,16 +423,14 @@ def test_dimension_of_the_family(impl, case):
     def delta(gammas, lambdas):
         return impl.delta_weight(gammas=gammas, A=case.A, lambdas=lambdas, B=case.B, scaling=case.scaling)
 
+    def expected(gammas, lambdas):
+        return _sum(gammas, case.A, lambdas, case.B, case.scaling, False)[0]
+
     jacobian, (bases, small) = _jacobian(delta, case.gammas, case.lambdas), case.gammas.shape
     dimension = bases * (case.rank + small - 1)
-    values = np.linalg.svd(jacobian, compute_uv=False)
     # The differences have the rounding of the update itself
-    size = values[0] + _sum(np.abs(case.gammas) + 1, case.A, np.abs(case.lambdas) + 1, case.B, case.scaling, False)[1].sum()
-    assert_close(
-        values[dimension:], np.zeros(len(values) - dimension), size=size, what=f"singular values of the Jacobian beyond {dimension}"
-    )
-    if values[dimension - 1] < 1e-6 * values[0]:
-        raise TooCoarse  # nearly singular by chance
+    size = _sum(np.abs(case.gammas) + 1, case.A, np.abs(case.lambdas) + 1, case.B, case.scaling, False)[1].sum()
+    _assert_rank(jacobian, _jacobian(expected, case.gammas, case.lambdas), dimension, size, "the Jacobian")
 
 
 # Gradients
@@ -791,6 +781,8 @@ class Shapes(NamedTuple):
     first: np.ndarray
     second: np.ndarray
     third: np.ndarray
+    A: np.ndarray  # of a pair that serves all three
+    B: np.ndarray
     rank: int
     seed: int
 
@@ -799,7 +791,10 @@ class Shapes(NamedTuple):
 def shapes(draw: st.DrawFn) -> Shapes:
     shape, seed = [(draw(sides(2, 9)), draw(sides(2, 9))) for _ in range(3)], draw(seeds())
     rank = draw(st.integers(1, min(min(one) for one in shape)))
-    return Shapes(*(Matrices(seed + i)(*one) for i, one in enumerate(shape)), rank, seed)
+    matrices = Matrices(seed)
+    small, large = sorted(max(one[side] for one in shape) for side in (0, 1))
+    weights = [matrices(*one) for one in shape]
+    return Shapes(*weights, A=matrices(rank, small), B=matrices(large, -(-small // rank), rank), rank=rank, seed=seed)
 
 
 @law(
@@ -830,15 +825,11 @@ def test_shapes_of_the_pair(impl, case):
     cases=shapes(),
 )
 def test_slices(impl, case):
-    weights = [case.first, case.second, case.third]
-    m, n = (max(W.shape[side] for W in weights) for side in (0, 1))
-    matrices, bases = Matrices(case.seed), -(-min(m, n) // case.rank)
-    A, B = matrices(case.rank, min(m, n)), matrices(max(m, n), bases, case.rank)
-    for W0 in weights:
-        own = impl.slice_bases(W0=W0, A=A, B=B)
+    for W0 in (case.first, case.second, case.third):
+        own = impl.slice_bases(W0=W0, A=case.A, B=case.B)
         small, large = min(W0.shape), max(W0.shape)
-        assert_close(own.A, A[:, :small], size=0, what="A of the layer")
-        assert_close(own.B, B[:large, : int(np.ceil(small / case.rank))], size=0, what="B of the layer")
+        assert_close(own.A, case.A[:, :small], size=0, what="A of the layer")
+        assert_close(own.B, case.B[:large, : int(np.ceil(small / case.rank))], size=0, what="B of the layer")
 
 
 class Draw(NamedTuple):
@@ -944,7 +935,7 @@ class Scaled(NamedTuple):
     says="The paper's scaling, the default, divides alpha by the rank and by the root of the number of terms; alpha is twice the rank.",
     formula=r"s = \alpha / (r \sqrt N), \quad \alpha = 2 r",
     needs=("scaling_factor",),
-    tolerance=4,
+    tolerance=12,
     cases=st.builds(Scaled, alpha=st.sampled_from([3.0, 0.7, 20.0]), rank=st.integers(1, 40), bases=st.integers(1, 40)),
 )
 def test_scaling_of_the_paper(impl, case):
@@ -996,7 +987,7 @@ def test_theorem(case):
 
 @theorem(
     "randlora.T2",
-    says="Its premise is an assumption: with fewer diagonals than entries a random target is not reached, however the diagonals are chosen.",
+    says="Its premise is an assumption: with fewer numbers than entries alternating least squares stops short of a random target.",
     formula=r"N (r + d - 1) < D d \;\Rightarrow\; \min_{\lambda, \gamma} \|\Delta W - T\|_F > 0",
     tolerance=64,
     cases=fitted(),
@@ -1028,7 +1019,7 @@ def test_premise_is_an_assumption(case):
     cases=spectral(),
 )
 def test_eckart_young(case):
-    U, values, Vt = np.linalg.svd(case.W0)
+    _, values, Vt = np.linalg.svd(case.W0)
     tail, matrices = np.sum(values[case.rank :] ** 2), Matrices(case.seed + 2)
     for width in (0, 1e-2, 0.3, 10.0):
         # The best matrix with these rows: W projected on their space
@@ -1050,7 +1041,7 @@ def test_eckart_young(case):
 def test_chain_rule(case):
     wide, (m, n) = _is_wide(case), case.W0.shape
     matrices = Matrices(case.seed + 3)
-    problem = LogisticRegression(matrices(9, n), np.sign(matrices(9, m)))
+    problem = LogisticRegression(matrices(9, n) / 16, np.sign(matrices(9, m)))
     fixed = {"A": case.A, "B": case.B, "scaling": case.scaling, "wide": wide}
     G = problem.grad(case.W0 + _update(case)[0])
     Gt = G.T if wide else G
