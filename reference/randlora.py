@@ -181,18 +181,19 @@ def draw_bases(weights: Sequence[Tensor], *, rank: int, kind: str = "uniform", g
     return Bases(*drawn)
 
 
-def slice_bases(W0: OutIn, A: Float[Tensor, "rank shared_small"], B: Float[Tensor, "shared_large shared_bases rank"]) -> Bases:
+def slice_bases(
+    W0: OutIn, shared_A: Float[Tensor, "rank shared_small"], shared_B: Float[Tensor, "shared_large shared_bases rank"]
+) -> Bases:
     """The part of the shared bases that a layer uses: their leading slices, as views (section 4, official `layer.py`).
 
     Raises:
         ValueError: the bases are too small for the layer, or shapes or dtypes do not fit.
     """
-    check_shapes(W0=(W0, "out in"), A=(A, "rank shared_small"), B=(B, "shared_large shared_bases rank"))
-    small, large = sorted(W0.shape)
-    bases = num_bases(W0, rank=len(A))
-    if A.shape[1] < small or B.shape[0] < large or B.shape[1] < bases:
-        raise ValueError(f"A {tuple(A.shape)} and B {tuple(B.shape)} are too small for W0 {tuple(W0.shape)}; give it to draw_bases too")
-    return Bases(A[:, :small], B[:large, :bases])
+    check_shapes(W0=(W0, "out in"), shared_A=(shared_A, "rank shared_small"), shared_B=(shared_B, "shared_large shared_bases rank"))
+    (small, large), bases = sorted(W0.shape), num_bases(W0, rank=len(shared_A))
+    if shared_A.shape[1] < small or shared_B.shape[0] < large or shared_B.shape[1] < bases:
+        raise ValueError(f"shared_A and shared_B are too small for W0 {tuple(W0.shape)}; needed a pair that draw_bases made for it too")
+    return Bases(shared_A[:, :small], shared_B[:large, :bases])
 
 
 def init(W0: OutIn, *, rank: int, zero: str = "lambdas") -> Diagonals:
@@ -358,17 +359,16 @@ def fit_lambdas(target: OutIn, gammas: BasesSmall, A: RankSmall, B: LargeBasesRa
 
 
 def svd_blocks(W0: OutIn, *, rank: int) -> Float[Tensor, "bases out in"]:
-    """A matrix cut into min(out, in) / rank parts of `rank` consecutive singular triplets each, which sum to it (Theorem 1).
+    """A matrix as the sum of parts with `rank` consecutive singular triplets each, the last with what is left (Theorem 1).
 
     Raises:
-        ValueError: `rank` does not divide min(out, in), as the theorem needs it, or `W0` is not finite.
+        ValueError: `rank` is not in 1..min(out, in), or `W0` is not finite.
     """
-    if num_bases(W0, rank=rank) * rank != min(W0.shape):
-        raise ValueError(f"rank is {rank}; needed a divisor of {min(W0.shape)}, the smaller side of W0: the theorem has equal blocks")
+    starts = range(0, num_bases(W0, rank=rank) * rank, rank)
     check_finite(W0=W0)
     U, S, Vh = torch.linalg.svd(_working(W0), full_matrices=False)
     # U_j Sigma_j V_j^T
-    return torch.einsum("ojk,jki->joi", (U * S).unflatten(1, (-1, rank)), Vh.unflatten(0, (-1, rank))).to(W0.dtype)
+    return torch.stack([(U[:, k : k + rank] * S[k : k + rank]) @ Vh[k : k + rank] for k in starts]).to(W0.dtype)
 
 
 class BasePair(nn.Module):

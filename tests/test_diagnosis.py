@@ -20,7 +20,14 @@ from loracle.oracle_tests.mistakes import mistakes_of, wrong
 # Mistakes that give the same observables, in whatever the laws that they break look at
 TWINS: list[set[str]] = []
 # Mistakes that float32 cannot show
-NOT_IN_FLOAT32 = {"forward_in_float32", "base_in_float32", "init_in_float32", "optimum_in_float32", "optimal_delta_by_default"}
+NOT_IN_FLOAT32 = {
+    "forward_in_float32",
+    "base_in_float32",
+    "init_in_float32",
+    "optimum_in_float32",
+    "optimal_delta_by_default",
+    "delta_in_float32",
+}
 
 PAPERS = [p for p in papers() if importlib.util.find_spec(f"loracle.oracle_tests.mistakes.{p}")]
 ALL = [pytest.param(m, id=f"{m.paper}-{m.name}") for paper in PAPERS for m in mistakes_of(paper) if not m.harmless]

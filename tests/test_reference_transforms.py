@@ -7,7 +7,7 @@ from torch.func import jacrev, vmap
 from loracle.oracle_tests.contract import contract, papers
 from loracle.oracle_tests.loading import load
 
-SIZES = {"out": 5, "in": 4, "rank": 2, "...": (3,)}
+SIZES = {"out": 5, "in": 4, "rank": 2, "bases": 2, "small": 4, "large": 5, "...": (3,)}
 
 # Set-up functions draw, count, or check values, as their description says; they run once per layer and need no transform
 SET_UP = ("init", "draw", "fit", "merge", "unmerge", "num", "scaling")
