@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from _results import promise, write
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -63,21 +64,21 @@ def pytest_run(folder: str, *options: str) -> Callable[[], None]:
 
 
 def main() -> None:
-    """Print every promise with what was measured."""
+    """Print every promise with what was measured, and write it."""
     torch.set_num_threads(2)
+    found = []
     for input_gradient in (False, True):
         ratio, which = layer_against_peft(input_gradient), "with" if input_gradient else "without"
-        print(f"LoRALinear forward and backward, {which} input gradient: {ratio:.3f} of PEFT's time (at most 1.0)")
+        found.append(promise(f"LoRA's layer, forward and backward {which} input gradient, as a multiple of PEFT's time", ratio, 1.0))
     bare, reference = quickest(process("-c", "import torch"), process("-c", "import loracle.reference.lora"), rounds=7)
-    print(f"import loracle.reference.lora: torch and {1000 * (reference - bare):.0f} ms (at most 50)")
+    found.append(promise("`import loracle.reference.lora`, beyond torch's own", 1000 * (reference - bare), 50, " ms"))
     (shown,) = quickest(process("-m", "loracle.cli", "--help"), rounds=7)
-    print(f"loracle --help: {shown:.2f} s (below 0.5)")
+    found.append(promise("`loracle --help`", shown, 0.5, " s"))
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "test_nothing.py").write_text("def test_nothing():\n    assert True\n")
         without, with_plugin = quickest(pytest_run(folder, "-p", "no:loracle"), pytest_run(folder), rounds=9)
-    print(f"a pytest run elsewhere, with the plugin installed: {1000 * (with_plugin - without):.0f} ms more (at most 50)")
-    (laws,) = quickest(process("-m", "loracle.cli", "check", "loracle.reference.lora", "--paper", "lora"), rounds=3)
-    print(f"the laws of LoRA, one process with all imports: {laws:.1f} s (at most 8)")
+    found.append(promise("What the installed plugin adds to a pytest run elsewhere", 1000 * (with_plugin - without), 50, " ms"))
+    write("lora", {"promises": found})
 
 
 if __name__ == "__main__":

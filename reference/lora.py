@@ -274,6 +274,8 @@ class LoRALinear(nn.Module):
 
     Only `A` (rank, in) and `B` (out, rank) are trained; weight and bias of `base` are frozen in place. `scaling` is
     alpha / rank, or alpha / sqrt(rank) with `rslora`. `dropout` (default 0) acts on the adapter's input, in training only.
+    The factors may be made more precise than the weight, as in `layer.A.data = layer.A.data.float()` beside bfloat16: they
+    are used in the precision of x, and trained and merged in their own.
 
     Raises:
         ValueError: `rank` does not fit the layer, `dropout` is not in [0, 1), or the weight is not finite.
@@ -303,20 +305,21 @@ class LoRALinear(nn.Module):
         if self.merged:
             return nn.functional.linear(x, self.base.weight, self.base.bias)
         mask = draw_mask(x, p=self.dropout) if self.training and self.dropout > 0 else None
-        return forward(x, self.base.weight, self.A, self.B, self.scaling, bias=self.base.bias, mask=mask, p=self.dropout)
+        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
+        return forward(x, self.base.weight, A, B, self.scaling, bias=self.base.bias, mask=mask, p=self.dropout)
 
     @torch.no_grad()
     def merge(self) -> None:
         """Add s B A to the base weight, after which the layer costs what `base` costs. Merging twice does nothing."""
         if not self.merged:
-            self.base.weight.copy_(merge(self.base.weight, self.A, self.B, self.scaling))
+            self.base.weight.copy_(merge(self.base.weight.to(self.A.dtype), self.A, self.B, self.scaling))
             self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Take s B A out of the base weight again, up to rounding. Does nothing if the layer is not merged."""
         if self.merged:
-            self.base.weight.copy_(unmerge(self.base.weight, self.A, self.B, self.scaling))
+            self.base.weight.copy_(unmerge(self.base.weight.to(self.A.dtype), self.A, self.B, self.scaling))
             self.merged = False
 
 

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from . import lora
 from ._checks import check_choice, check_finite, check_shapes
+from ._linalg import randomised_svd, working
 from ._paper import Paper
 from .lora import Factors, LoRALinear
 
@@ -127,7 +128,7 @@ def factor_scale(
     if W0 is None:
         raise ValueError('scale is "weightS", which reads the singular values of W0; pass W0, or use "stable"')
     check_finite(W0=W0)
-    c = float((torch.linalg.svdvals(_working(W0))[:rank] / scaling).sqrt().mean())
+    c = float((torch.linalg.svdvals(working(W0))[:rank] / scaling).sqrt().mean())
     if c == 0:
         raise ValueError('W0 is zero, so scale "weightS" gives zero factors, which never train; use "stable"')
     return c
@@ -189,16 +190,13 @@ def init(
         indices = index_sets(rank=rank, direction=direction, generator=generator)
     for_A, for_B = _check_indices(indices, rank)
     # Algorithm 1: U, S, V <- SVD(G); the singular values are not used, so the size of G does not matter
-    U, Vh = _singular_vectors(_working(G), sketch, rank, niter)
+    U, Vh = _singular_vectors(working(G), sketch, rank, niter)
     # Theorem 3.1: A = sqrt(zeta) / s V_IA^T and B = sqrt(zeta) / s U_IB, with sqrt(zeta) / s = c
     return Factors(A=(c * Vh[for_A]).to(G.dtype), B=(c * U[:, for_B]).to(G.dtype))
 
 
 def _singular_vectors(G: Tensor, sketch: Tensor | None, rank: int, niter: int) -> tuple[Tensor, Tensor]:
-    """Leading left (out, q) and right (q, in) singular vectors of G: exact, or by subspace iteration from `sketch`.
-
-    Source of the second: Halko, Martinsson and Tropp (arXiv 0909.4061), Algorithms 4.4 and 5.1.
-    """
+    """Leading left (out, q) and right (q, in) singular vectors of G: exact, or by subspace iteration from `sketch`."""
     if sketch is None:
         U, _, Vh = torch.linalg.svd(G, full_matrices=False)
         return U, Vh
@@ -208,17 +206,11 @@ def _singular_vectors(G: Tensor, sketch: Tensor | None, rank: int, niter: int) -
             f"sketch has shape {tuple(sketch.shape)} and niter is {niter}; needed ({small}, q) with q from {2 * rank} to {small}, "
             "and niter of at least 0: use draw_sketch"
         )
-    tall = G if G.shape[0] >= G.shape[1] else G.mT
-    # M Q is written (Q^T M^T)^T: the same product in the column order of LAPACK, which saves a tenth of the time
-    Q = torch.linalg.qr((sketch.to(G).mT @ tall.mT).mT).Q
-    for _ in range(niter):
-        # Both half steps are orthonormalised: a plain power of G would lose the small directions to rounding
-        Q = torch.linalg.qr((Q.mT @ tall).mT).Q
-        Q = torch.linalg.qr((Q.mT @ tall.mT).mT).Q
-    # tall is close to Q (Q^T tall), and the transposed second factor is the cheaper one to decompose
-    right, _, left_h = torch.linalg.svd((Q.mT @ tall).mT, full_matrices=False)
-    left = Q @ left_h.mT
-    return (left, right.mT) if tall is G else (right, left.mT)
+    if G.shape[0] >= G.shape[1]:
+        U, _, Vh = randomised_svd(G, sketch, niter=niter)
+        return U, Vh
+    V, _, Uh = randomised_svd(G.mT, sketch, niter=niter)
+    return Uh.mT, V.mT
 
 
 def base_weight(
@@ -233,7 +225,7 @@ def base_weight(
     """
     check_shapes(W0=(W0, "out in"), A=(A, "rank in"), B=(B, "out rank"))
     # Algorithm 1: W_init <- W0 - eta B A
-    W_base = torch.addmm(_working(W0), _working(B), _working(A), alpha=-scaling).to(W0.dtype)
+    W_base = torch.addmm(working(W0), working(B), working(A), alpha=-scaling).to(W0.dtype)
     if not math.isfinite(_largest(W_base)):
         check_finite(W0=W0, A=A, B=B)
         raise ValueError(f"W_base is too large for {W0.dtype}; use a larger gamma, or a dtype of wider range such as torch.bfloat16")
@@ -263,7 +255,7 @@ def estimate_gradient(
         ValueError: there is no batch, or a gradient has another shape or dtype than `W0`.
     """
     check_shapes(W0=(W0, "out in"))
-    total, count = torch.zeros_like(_working(W0)), 0
+    total, count = torch.zeros_like(working(W0)), 0
     for batch in batches:
         gradient = grad(W0, batch)
         check_shapes(W0=(W0, "out in"), gradient=(gradient, "out in"))
@@ -304,11 +296,6 @@ def adapt_linear(
     # From the factors as they are stored, so that their rounding does not change the function
     layer.base.weight.copy_(base_weight(W0, layer.A, layer.B, layer.scaling))
     return layer
-
-
-def _working(tensor: Tensor) -> Tensor:
-    """The tensor in the precision of the linear algebra: float32 for half precision, else its own."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _largest(tensor: Tensor) -> float:

@@ -34,7 +34,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ._adapters import map_alike
 from ._checks import check_choice, check_finite, check_shapes
+from ._linalg import working
 from ._paper import Paper
 from .lora import Factors, Gradients, LoRALinear, gradients
 
@@ -133,7 +135,7 @@ def sylvester_X(grad_A: RankIn, A: RankIn, B: OutRank, scaling: float, *, delta:
     smallest one. `delta` as in `optimal_gradients`.
     """
     check_shapes(grad_A=(grad_A, "rank in"), A=(A, "rank in"), B=(B, "out rank"))
-    grad_A_, A_, B_ = map(_working, (grad_A, A, B))
+    grad_A_, A_, B_ = map(working, (grad_A, A, B))
     return _sylvester(grad_A_, A_, *_grams(A_, B_), scaling, delta).to(A.dtype)
 
 
@@ -153,7 +155,7 @@ def symmetric_X(grad_B: OutRank, A: RankIn, B: OutRank, scaling: float, *, delta
     `grad_B` is back-propagation's; `delta` as in `optimal_gradients`.
     """
     check_shapes(grad_B=(grad_B, "out rank"), A=(A, "rank in"), B=(B, "out rank"))
-    grad_B_, A_, B_ = map(_working, (grad_B, A, B))
+    grad_B_, A_, B_ = map(working, (grad_B, A, B))
     return _symmetric(grad_B_, B_, *_grams(A_, B_), scaling, delta).to(A.dtype)
 
 
@@ -192,7 +194,7 @@ def _adjusted(
             return Gradients(best_A, best_B)
         X = _symmetric(grad_B, B, left, right, scaling, delta) if X == "symmetry" else _sylvester(grad_A, A, left, right, scaling, delta)
     # ... + X A and ... - B X: the weight does not notice
-    return Gradients(best_A + _working(X) @ A, best_B - B @ _working(X))
+    return Gradients(best_A + working(X) @ A, best_B - B @ working(X))
 
 
 def projected_gradient(G: OutIn, A: RankIn, B: OutRank) -> OutIn:
@@ -201,7 +203,7 @@ def projected_gradient(G: OutIn, A: RankIn, B: OutRank) -> OutIn:
     It depends on no scaling, and on the factors only by the spaces that they span.
     """
     check_shapes(G=(G, "out in"), A=(A, "rank in"), B=(B, "out rank"))
-    G_, A_, B_ = map(_working, (G, A, B))
+    G_, A_, B_ = map(working, (G, A, B))
     left, right = (gram.inverse(0.0) for gram in _grams(A_, B_))
     # P_B G + (I - P_B) G P_A, each projector applied through the rank
     in_B = B_ @ (left @ (B_.mT @ G_))
@@ -276,8 +278,8 @@ def _adam(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Adam's direction for the gradient g (Kingma and Ba, arXiv 1412.6980, Algorithm 1), and the new moments."""
     # m <- beta1 m + (1 - beta1) g and v <- beta2 v + (1 - beta2) g^2
-    m = torch.add(beta1 * _working(moment1), g, alpha=1 - beta1)
-    v = torch.addcmul(beta2 * _working(moment2), g, g, value=1 - beta2)
+    m = torch.add(beta1 * working(moment1), g, alpha=1 - beta1)
+    v = torch.addcmul(beta2 * working(moment2), g, g, value=1 - beta2)
     # m_hat / (sqrt(v_hat) + eps), with m_hat = m / (1 - beta1^t) and v_hat = v / (1 - beta2^t)
     root = v.sqrt() / math.sqrt(1 - beta2**t)
     return m / (root + adam_eps) / (1 - beta1**t), m.to(moment1.dtype), v.to(moment2.dtype)
@@ -367,25 +369,21 @@ class LoRAProAdamW(torch.optim.Optimizer):
         """Move every layer whose factors both have a gradient; returns what `closure` does, which is called first if given."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
-        for layer, group in zip(self.layers, self.param_groups, strict=True):
-            if layer.A.grad is not None and layer.B.grad is not None:
-                self._move(layer, {"X": self.X, "delta": self.delta, **{name: group[name] for name in self.varied}})
+        pairs = zip(self.layers, self.param_groups, strict=True)
+        moving = [pair for pair in pairs if all(factor.grad is not None for factor in pair[1]["params"])]
+        move = step if self.mode == "full" else step_efficient
+        for (layer, _), moved in map_alike(lambda given: move(**given)._asdict(), moving, lambda pair: self._arguments(*pair)):
+            for name, weight in (("A", layer.A), ("B", layer.B), ("W0", layer.base.weight)):
+                weight.copy_(moved.pop(name, weight))
+            self.state[layer.A].update(moved, t=self.state[layer.A].get("t", 0) + 1)
         return loss
 
-    def _move(self, layer: LoRALinear, options: dict[str, Any]) -> None:
-        A, B, kept = layer.A, layer.B, self.state[layer.A]
-        if not kept:
-            kept.update(t=0, **(init_state(A, B) if self.mode == "full" else init_state_efficient(A, B))._asdict())
-        given = {"grad_A": A.grad, "grad_B": B.grad, "A": A, "B": B, "scaling": layer.scaling, **kept, "t": kept["t"] + 1, **options}
-        moved = (step(W0=layer.base.weight.to(A.dtype), **given) if self.mode == "full" else step_efficient(**given))._asdict()
-        for name, weight in (("A", A), ("B", B), ("W0", layer.base.weight)):
-            weight.copy_(moved.pop(name, weight))
-        kept.update(moved, t=given["t"])
-
-
-def _working(tensor: Tensor) -> Tensor:
-    """The tensor in the precision of the linear algebra: float32 for half precision, else its own."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    def _arguments(self, layer: LoRALinear, group: dict[str, Any]) -> dict[str, Any]:
+        A, B, full = layer.A, layer.B, self.mode == "full"
+        kept = self.state[A] or {"t": 0, **(init_state(A, B) if full else init_state_efficient(A, B))._asdict()}
+        numbers = {"scaling": layer.scaling, "X": self.X, "delta": self.delta, **{name: group[name] for name in self.varied}}
+        given = {"grad_A": A.grad, "grad_B": B.grad, "A": A, "B": B, **kept, "t": kept["t"] + 1, **numbers}
+        return given | {"W0": layer.base.weight.to(A.dtype)} if full else given
 
 
 def _checked(grad_A: Tensor, grad_B: Tensor, A: Tensor, B: Tensor, X: str | Tensor) -> Iterator[Tensor]:
@@ -395,14 +393,14 @@ def _checked(grad_A: Tensor, grad_B: Tensor, A: Tensor, B: Tensor, X: str | Tens
         check_shapes(A=(A, "rank in"), X=(X, "rank rank"))
     else:
         check_choice("X", X, CHOICES)
-    return map(_working, (grad_A, grad_B, A, B))
+    return map(working, (grad_A, grad_B, A, B))
 
 
 def _check_rank(A: Tensor, B: Tensor) -> None:
     """Check that A has full row rank, and B full column rank unless it is zero. Reads values: for set-up only."""
     check_finite(A=A, B=B)
     for name, factor in (("A", A), ("B", B)):
-        found = torch.linalg.matrix_rank(_working(factor))
+        found = torch.linalg.matrix_rank(working(factor))
         if found < len(A) and (name == "A" or found > 0):
             raise ValueError(
                 f"{name} {tuple(factor.shape)} has rank {found}; needed {len(A)}, else some of its directions are never trained: "

@@ -37,6 +37,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ._checks import check_choice, check_finite, check_rank, check_shapes
+from ._linalg import randomised_svd, working
 from ._paper import Paper
 
 PAPER = Paper(
@@ -116,7 +117,7 @@ def estimate_update(
         ValueError: there is no batch, a gradient has another shape or dtype than `W0`, or the mean is zero or not finite.
     """
     check_shapes(W0=(W0, "out in"))
-    total, count = torch.zeros_like(_working(W0)), 0
+    total, count = torch.zeros_like(working(W0)), 0
     for batch in batches:
         gradient = grad(W0, batch)
         check_shapes(W0=(W0, "out in"), gradient=(gradient, "out in"))
@@ -156,16 +157,13 @@ def init(
     _check_number("scaling", scaling)
     _check_nonzero("update", update)
     # Section on the start: U, S, V <- SVD(Delta W_avg); B = U_1:r, R = diag(S_1:r) / s, A = V_1:r^T
-    U, S, Vh = _leading_triplets(_working(update), sketch, rank, niter)
+    U, S, Vh = _leading_triplets(working(update), sketch, rank, niter)
     A, R, B = Vh[:rank], torch.diag(S[:rank] / scaling), U[:, :rank]
     return Factors(A=_own(A, update.dtype), R=R.to(update.dtype), B=_own(B, update.dtype))
 
 
 def _leading_triplets(M: Tensor, sketch: Tensor | None, rank: int, niter: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Left singular vectors, singular values and transposed right vectors of M: exact, or by subspace iteration from `sketch`.
-
-    Source of the second: Halko, Martinsson and Tropp (arXiv 0909.4061), Algorithms 4.4 and 5.1.
-    """
+    """Left singular vectors, singular values and transposed right vectors of M: exact, or by subspace iteration from `sketch`."""
     if sketch is None:
         U, S, Vh = torch.linalg.svd(M, full_matrices=False)
         return U, S, Vh
@@ -174,13 +172,7 @@ def _leading_triplets(M: Tensor, sketch: Tensor | None, rank: int, niter: int) -
             f"sketch has shape {tuple(sketch.shape)} and niter is {niter}; needed ({M.shape[1]}, columns) with {rank} to "
             f"{min(M.shape)} columns, and niter of at least 0: use draw_sketch"
         )
-    Q = torch.linalg.qr(M @ sketch.to(M)).Q
-    for _ in range(niter):
-        # Both half steps are orthonormalised: a plain power of M would lose the small directions to rounding
-        Q = torch.linalg.qr(M @ torch.linalg.qr(M.mT @ Q).Q).Q
-    # M is close to Q (Q^T M)
-    U, S, Vh = torch.linalg.svd(Q.mT @ M, full_matrices=False)
-    return Q @ U, S, Vh
+    return randomised_svd(M, sketch, niter=niter)
 
 
 def init_weights(W0: Float[Tensor, "out in"], update: Float[Tensor, "out in"], scaling: float = 1.0, *, rank: int) -> Weights:
@@ -205,7 +197,7 @@ def init_xs(W0: Float[Tensor, "out in"], *, rank: int, sigma: float = 1e-5, gene
     check_rank(rank, W0)
     _check_number("sigma", sigma)
     _check_nonzero("W0", W0)
-    U, S, Vh = torch.linalg.svd(_working(W0), full_matrices=False)
+    U, S, Vh = torch.linalg.svd(working(W0), full_matrices=False)
     R = W0.new_empty(rank, rank).normal_(0, sigma, generator=generator)
     return Factors(A=_own(Vh[:rank], W0.dtype), R=R, B=_own(U[:, :rank] * S[:rank], W0.dtype))
 
@@ -276,7 +268,7 @@ def optimal_gradient(
     checked here (this runs in every step): torch's LinAlgError, or entries that are not finite, tell that they lack it.
     """
     check_shapes(grad_R=(grad_R, "rank rank"), A=(A, "rank in"), B=(B, "out rank"))
-    short, wide, tall = _working(grad_R), _working(A), _working(B)
+    short, wide, tall = working(grad_R), working(A), working(B)
     # Theorem 2: g = (1 / s^2) (B^T B)^-1 g^R (A A^T)^-1
     left = torch.linalg.solve(tall.mT @ tall, short)
     best: Tensor = torch.linalg.solve(wide @ wide.mT, left, left=False) / scaling**2
@@ -286,9 +278,9 @@ def optimal_gradient(
 def projected_gradient(G: Float[Tensor, "out in"], A: Float[Tensor, "rank in"], B: Float[Tensor, "out rank"]) -> Float[Tensor, "out in"]:
     """The part of G in B's column space and A's row space (out, in): what the optimal step moves W along (Theorems 2 to 4)."""
     check_shapes(G=(G, "out in"), A=(A, "rank in"), B=(B, "out rank"))
-    left, right = torch.linalg.qr(_working(B)).Q, torch.linalg.qr(_working(A).mT).Q
+    left, right = torch.linalg.qr(working(B)).Q, torch.linalg.qr(working(A).mT).Q
     # Theorem 2: P_B G P_A, through the rank
-    seen: Tensor = left @ (left.mT @ _working(G) @ right) @ right.mT
+    seen: Tensor = left @ (left.mT @ working(G) @ right) @ right.mT
     return seen.to(G.dtype)
 
 
@@ -347,7 +339,9 @@ class LoRASBLinear(nn.Module):
         self.register_buffer("B", B.detach().clone())
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        return forward(x, self.base.weight, self.A, self.R, self.B, self.scaling, bias=self.base.bias)
+        # The factors may be more precise than the weight: they are used in the precision of x
+        A, R, B = (factor.to(x.dtype) for factor in (self.A, self.R, self.B))
+        return forward(x, self.base.weight, A, R, B, self.scaling, bias=self.base.bias)
 
 
 def adapt_linear(linear: nn.Linear, update: Float[Tensor, "out in"], *, rank: int, scaling: float = 1.0) -> LoRASBLinear:
@@ -357,11 +351,6 @@ def adapt_linear(linear: nn.Linear, update: Float[Tensor, "out in"], *, rank: in
     """
     A, R, B = (factor.to(linear.weight.dtype) for factor in init(update, scaling, rank=rank))
     return LoRASBLinear(copy.deepcopy(linear), A, R, B, scaling)
-
-
-def _working(tensor: Tensor) -> Tensor:
-    """The tensor in the precision of the linear algebra: float32 for half precision, else its own."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _own(part: Tensor, dtype: torch.dtype) -> Tensor:

@@ -121,3 +121,20 @@ def merging_keeps_the_function(module):
         assert torch.allclose(layer(x), before)
         assert torch.allclose(layer.base.weight, weight + merged * layer.scaling * layer.B @ layer.A)
         assert not layer.base.weight.requires_grad, "the frozen weight is a part of autograd's graph"
+
+
+@promise("Float32 factors beside a bfloat16 weight are used in bfloat16, and trained and merged in float32.", of="LoRALinear")
+def factors_may_be_more_precise(module):
+    layer, x = module.LoRALinear(nn.Linear(3, 4, dtype=torch.bfloat16), rank=2, alpha=3.0), torch.randn(5, 3, dtype=torch.bfloat16)
+    for factor in (layer.A, layer.B):
+        factor.data = torch.randn(factor.shape)
+    y, weight = layer(x), layer.base.weight.clone()
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert layer.A.grad.dtype == layer.B.grad.dtype == torch.float32
+    change = layer.scaling * layer.B @ layer.A
+    layer.merge()
+    assert torch.equal(layer.base.weight, (weight + change).bfloat16())
+    merged = layer.base.weight.clone()
+    layer.unmerge()
+    assert torch.equal(layer.base.weight, (merged - change).bfloat16())

@@ -1,5 +1,6 @@
 """What `reference/lora_pro.py` promises beside the laws of LoRA-Pro: its optimizer, its errors, its defaults."""
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -257,6 +258,28 @@ def closure_is_called(module):
     assert torch.equal(calls[0][1], before)
     assert optimizer.step() is None
     assert not torch.equal(layer.A, before)
+
+
+@promise("Layers that are alike move as each would by itself.", of="LoRAProAdamW")
+def layers_together(module):
+    for mode in ("full", "efficient"):
+        layers = [_layer() for _ in range(5)]
+        layers[3].scaling = 0.5
+        layers.append(_layer_of(torch.randn(4, 3), torch.randn(2, 3), torch.randn(4, 2), 1.5))
+        layers[5].A.grad, layers[5].B.grad = torch.randn(2, 3), torch.randn(4, 2)
+        layers.append(_layer(dtype=torch.float32))
+        alone = copy.deepcopy(layers)
+        for mine, theirs in zip(layers, alone, strict=True):
+            theirs.A.grad, theirs.B.grad = mine.A.grad.clone(), mine.B.grad.clone()
+        options = {"lr": 0.1, "weight_decay": 0.1, "mode": mode, "delta": 0.1}
+        optimizers = [module.LoRAProAdamW(layers, **options), *(module.LoRAProAdamW([layer], **options) for layer in alone)]
+        optimizers[0].param_groups[1]["lr"] = optimizers[2].param_groups[0]["lr"] = 0.3
+        for _ in range(2):
+            for optimizer in optimizers:
+                optimizer.step()
+        for mine, theirs in zip(layers, alone, strict=True):
+            for a, b in zip(_weights(mine), _weights(theirs), strict=True):
+                torch.testing.assert_close(a, b)
 
 
 @promise("A layer of which a factor has no gradient stays as it is, and its steps are not counted.", of="LoRAProAdamW")

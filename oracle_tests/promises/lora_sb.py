@@ -134,7 +134,10 @@ def factors_own_their_memory(module):
             assert factor.untyped_storage().nbytes() == factor.numel() * factor.element_size()
 
 
-@promise("In half precision the decomposition, the projections and the inverses are made in float32.", of="_working")
+@promise(
+    "In half precision the decomposition, the projections and the inverses are made in float32.",
+    of=("init", "optimal_gradient", "projected_gradient"),
+)
 def half_precision(module):
     update = _randn(6, 7)
     for dtype in (torch.float16, torch.bfloat16):
@@ -188,6 +191,17 @@ def training_moves_R_only(module):
     assert torch.allclose(layer.R.grad, 1.5 * layer.B.T @ G @ layer.A.T)
     torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.1).step()
     assert [name for name, tensor in layer.state_dict().items() if not torch.equal(tensor, before[name])] == ["R"]
+
+
+@promise("Float32 factors beside a bfloat16 weight are used in bfloat16, and trained in float32.", of="LoRASBLinear")
+def factors_may_be_more_precise(module):
+    layer, x = module.LoRASBLinear(*(part.bfloat16() for part in (_linear(), _randn(2, 5), _randn(2, 2), _randn(4, 2)))), _randn(3, 5)
+    for name in ("A", "R", "B"):
+        getattr(layer, name).data = getattr(layer, name).float()
+    y = layer(x.bfloat16())
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert layer.R.grad.dtype == torch.float32
 
 
 @promise("The layer refuses factors that do not fit it or are not finite.", of="LoRASBLinear")

@@ -1,0 +1,25 @@
+"""LoRA-Pro: LoRA's layers under an optimizer of its own."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ...reference.lora_pro import LoRAProAdamW
+from . import lora
+
+
+@dataclass(frozen=True)
+class Method(lora.Method):
+    mode: str = "full"
+    X: str = "sylvester"
+    delta: float = 1e-8
+
+    def optimizer(self, model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+        layers = self.layers(model).values()
+        return LoRAProAdamW(layers, lr=lr, weight_decay=weight_decay, mode=self.mode, X=self.X, delta=self.delta)
+
+    def obstacle(self, *, weight_decay: float = 0.0) -> str | None:
+        if self.mode == "full" and weight_decay > 0:
+            return "the weight decay of LoRA-Pro's full AdamW has changed the pretrained weight itself"
+        return None
