@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from ._adapters import replace_linears
 from ._checks import check_choice, check_finite, check_rank, check_shapes
+from ._linalg import working
 from ._paper import Paper
 from .lora import _drop, _rows, draw_mask
 
@@ -134,7 +135,9 @@ def ternarise(u: Float[Tensor, "..."], *, sparsity: float = 3.0) -> Float[Tensor
     check_shapes(u=(u, "..."))
     if not 1 <= sparsity < math.inf:
         raise ValueError(f"sparsity is {sparsity!r}; needed a finite number of at least 1")
-    return (u > 1 - 1 / (2 * sparsity)).to(u.dtype) - (u < 1 / (2 * sparsity)).to(u.dtype)
+    # Half precision would round the thresholds
+    exact = working(u)
+    return (exact > 1 - 1 / (2 * sparsity)).to(u.dtype) - (exact < 1 / (2 * sparsity)).to(u.dtype)
 
 
 def normalise(base: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -145,10 +148,10 @@ def normalise(base: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """
     check_shapes(base=(base, "..."))
     check_finite(base=base)
-    deviation = _working(base).std() if base.numel() > 1 else base.new_zeros(())
+    deviation = working(base).std() if base.numel() > 1 else base.new_zeros(())
     if deviation == 0:
         raise ValueError(f"base {tuple(base.shape)} has no spread: all its entries are equal; draw more entries, or with another seed")
-    return (_working(base) / deviation).to(base.dtype)
+    return (working(base) / deviation).to(base.dtype)
 
 
 def draw_bases(weights: Sequence[Tensor], *, rank: int, kind: str = "uniform", generator: torch.Generator | None = None) -> Bases:
@@ -172,7 +175,7 @@ def draw_bases(weights: Sequence[Tensor], *, rank: int, kind: str = "uniform", g
     small, large = sorted(max(W0.shape[side] for W0 in weights) for side in (0, 1))
     drawn = []
     for shape in ((rank, small), (large, -(-small // rank), rank)):
-        base = _working(weights[0]).new_empty(shape)
+        base = working(weights[0]).new_empty(shape)
         # Kaiming's bound drops out with the division by the standard deviation
         base = base.normal_(generator=generator) if kind == "normal" else base.uniform_(-1, 1, generator=generator)
         if kind in ("sparse", "very_sparse"):
@@ -338,7 +341,7 @@ def fit_gammas(target: OutIn, A: RankSmall, lambdas: BasesRank, B: LargeBasesRan
     """
     check_finite(target=target, A=A, lambdas=lambdas, B=B)
     wide = _check_factors(None, A, lambdas, B, target=target)
-    A_, lambdas_, B_, M = map(_working, (A, lambdas, B, target.mT if wide else target))
+    A_, lambdas_, B_, M = map(working, (A, lambdas, B, target.mT if wide else target))
     # M_oi = s sum_j (B_j Lambda_j A)_oi gamma_ji
     found: Tensor = torch.linalg.lstsq(scaling * torch.einsum("ojk,jk,ki->ioj", B_, lambdas_, A_), M.mT[:, :, None]).solution
     return found.squeeze(2).mT.to(target.dtype)
@@ -351,7 +354,7 @@ def fit_lambdas(target: OutIn, gammas: BasesSmall, A: RankSmall, B: LargeBasesRa
     """
     check_finite(target=target, gammas=gammas, A=A, B=B)
     wide = _check_factors(gammas, A, None, B, target=target)
-    gammas_, A_, B_, M = map(_working, (gammas, A, B, target.mT if wide else target))
+    gammas_, A_, B_, M = map(working, (gammas, A, B, target.mT if wide else target))
     # M = s sum_jk lambda_jk (column k of B_j) times (row k of A Gamma_j)
     terms = scaling * torch.einsum("ojk,ki,ji->oijk", B_, A_, gammas_).flatten(2).flatten(0, 1)
     found: Tensor = torch.linalg.lstsq(terms, M.reshape(-1, 1)).solution
@@ -366,7 +369,7 @@ def svd_blocks(W0: OutIn, *, rank: int) -> Float[Tensor, "bases out in"]:
     """
     starts = range(0, num_bases(W0, rank=rank) * rank, rank)
     check_finite(W0=W0)
-    U, S, Vh = torch.linalg.svd(_working(W0), full_matrices=False)
+    U, S, Vh = torch.linalg.svd(working(W0), full_matrices=False)
     # U_j Sigma_j V_j^T
     return torch.stack([(U[:, k : k + rank] * S[k : k + rank]) @ Vh[k : k + rank] for k in starts]).to(W0.dtype)
 
@@ -390,6 +393,8 @@ class RandLoRALinear(nn.Module):
     Only `gammas` (bases, small) and `lambdas` (bases, rank) are trained. `pair` holds the bases, of which the layer uses the
     leading slices. `alpha`, `convention` and `zero` as in `scaling_factor` and `init`; `dropout` (default 0; the paper has
     0.05) acts on the adapter's input, in training only.
+    The diagonals may be made more precise than the weight, as in `layer.gammas.data = layer.gammas.data.float()` beside
+    bfloat16: they are used in the precision of x, and trained and merged in their own.
 
     Raises:
         ValueError: the bases do not fit the layer, `dropout` is not in [0, 1), or the weight is not finite.
@@ -415,29 +420,31 @@ class RandLoRALinear(nn.Module):
         self.scaling = scaling_factor(len(pair.A), len(lambdas), alpha=alpha, convention=convention)
         self.gammas, self.lambdas = nn.Parameter(gammas), nn.Parameter(lambdas)
 
-    def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-        """gammas, A, lambdas, B and the scaling, as the functions of this file take them."""
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+        """gammas, A, lambdas, B and the scaling, as the functions of this file take them, all in one precision."""
         A, B = slice_bases(self.base.weight, self.pair.A, self.pair.B)
-        return self.gammas, A, self.lambdas, B, self.scaling
+        return self.gammas.to(dtype), A.to(dtype), self.lambdas.to(dtype), B.to(dtype), self.scaling
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         if self.merged:
             return nn.functional.linear(x, self.base.weight, self.base.bias)
         mask = draw_mask(x, p=self.dropout) if self.training and self.dropout > 0 else None
-        return forward(x, self.base.weight, *self.factors(), bias=self.base.bias, mask=mask, p=self.dropout)
+        return forward(x, self.base.weight, *self.factors(x.dtype), bias=self.base.bias, mask=mask, p=self.dropout)
 
     @torch.no_grad()
     def merge(self) -> None:
         """Add Delta W to the base weight, after which the layer costs what `base` costs. Merging twice does nothing."""
         if not self.merged:
-            self.base.weight.copy_(merge(self.base.weight, *self.factors()))
+            dtype = self.gammas.dtype
+            self.base.weight.copy_(merge(self.base.weight.to(dtype), *self.factors(dtype)))
             self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Take Delta W out of the base weight again, up to rounding. Does nothing if the layer is not merged."""
         if self.merged:
-            self.base.weight.copy_(unmerge(self.base.weight, *self.factors()))
+            dtype = self.gammas.dtype
+            self.base.weight.copy_(unmerge(self.base.weight.to(dtype), *self.factors(dtype)))
             self.merged = False
 
 
@@ -456,11 +463,6 @@ def adapt_model(
         return replace_linears(model, pattern, lambda linear: linear)  # raises, and tells the names that exist
     pair = BasePair(*draw_bases([m.weight for m in found], rank=rank, kind=kind, generator=generator))
     return replace_linears(model, pattern, lambda linear: RandLoRALinear(linear, pair, **options))
-
-
-def _working(tensor: Tensor) -> Tensor:
-    """The tensor in the precision of the linear algebra: float32 for half precision, else its own."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _check_factors(gammas: Tensor | None, A: Tensor, lambdas: Tensor | None, B: Tensor, **weight: Tensor) -> bool:

@@ -45,7 +45,15 @@ def _unit_interval(case):
     return case.rounded(np.random.default_rng(case.number).random((40,)))
 
 
+def _pair(case, result):
+    """Bases, which are compared by their moments, with what these do not show: the sides, and how unlike the terms' deviations are."""
+    A, B = (np.asarray(base, float) for base in result)
+    deviations = B.std(axis=(0, 2), ddof=1)
+    return {"A": A, "B": B, "sides": np.array([*A.shape, *B.shape]), "terms": np.round(deviations.std() / deviations.mean(), 2)}
+
+
 OBSERVABLES = Observables(
+    gauge_free={"draw_bases": _pair},
     choices={
         "zero": ("gammas",),
         "convention": ("peft", "vision"),

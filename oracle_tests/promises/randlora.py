@@ -127,6 +127,8 @@ def sparsity_in_range(module):
     for bad in (0.5, 0.0, -3.0, math.inf, math.nan):
         refuses(module.ternarise, "sparsity", u, sparsity=bad)
     assert module.ternarise(u, sparsity=1.0).tolist() == [-1.0, -1.0, 0.0, 1.0]
+    # 1 - 1 / 8.5 lies between two numbers of bfloat16, and would be rounded to the upper one
+    assert module.ternarise(torch.tensor([0.87890625, 0.8828125], dtype=torch.bfloat16), sparsity=4.25).tolist() == [0.0, 1.0]
 
 
 @promise("A base whose entries are all equal cannot be normalised.", of="normalise")
@@ -192,7 +194,7 @@ def bases_from_the_global_generator(module):
 
 
 @promise(
-    "Bases have the weights' dtype; in half precision they are drawn and normalised in float32.", of=("draw_bases", "normalise", "_working")
+    "Bases have the weights' dtype; in half precision they are drawn and normalised in float32.", of=("draw_bases", "normalise")
 )
 def bases_in_half_precision(module):
     for dtype in (torch.float16, torch.bfloat16):
@@ -467,3 +469,23 @@ def merging_keeps_the_function(module):
     with torch.no_grad():
         layer.gammas.zero_()
     assert torch.allclose(layer(x), before), "a merged layer adds its update once more"
+
+
+@promise("Float32 diagonals beside a bfloat16 weight are used in bfloat16, and trained and merged in float32.", of="RandLoRALinear")
+def diagonals_more_precise_than_the_weight(module):
+    layer, x = _layer(module).bfloat16(), _randn(3, 5).bfloat16()
+    gammas, lambdas = layer.gammas.detach().float() * 1.001, layer.lambdas.detach().float() * 1.001
+    layer.gammas.data, layer.lambdas.data = gammas, lambdas
+    y = layer(x)
+    y.float().sum().backward()
+    A, B = module.slice_bases(layer.base.weight, layer.pair.A, layer.pair.B)
+    factors = gammas.bfloat16(), A, lambdas.bfloat16(), B, layer.scaling
+    assert torch.equal(y, module.forward(x, layer.base.weight, *factors, bias=layer.base.bias))
+    assert layer.gammas.grad.dtype == layer.lambdas.grad.dtype == torch.float32
+    weight = layer.base.weight.clone()
+    exact = gammas, A.float(), lambdas, B.float(), layer.scaling
+    layer.merge()
+    assert torch.equal(layer.base.weight, module.merge(weight.float(), *exact).bfloat16())
+    merged = layer.base.weight.clone()
+    layer.unmerge()
+    assert torch.equal(layer.base.weight, module.unmerge(merged.float(), *exact).bfloat16())
