@@ -24,6 +24,7 @@ NOT_IN_FLOAT32 = {
     "forward_in_float32",
     "base_in_float32",
     "init_in_float32",
+    "inverse_in_float32",
     "optimum_in_float32",
     "optimal_delta_by_default",
     "delta_in_float32",
