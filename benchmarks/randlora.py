@@ -1,21 +1,21 @@
 """Time and memory of our RandLoRA layer as ratios to PEFT's, in one process: forward, and forward with backward.
 
-python benchmarks/randlora.py [results.json]
+python benchmarks/randlora.py [--cuda]
 
-Both layers have the same shape, basis rank and input. Calls alternate and the least time of each is compared. *Peak* is the most
-memory that tensors made during a forward and backward hold at once, gradients included; *kept* is what the graph keeps between
-the two beyond parameters, bases and the input. On a CPU both are counted storage by storage as operators make them; with a GPU
-(`--cuda`) the peak is the allocator's. Numbers below 1 are in our favour; every one should be at most 1.
+Both layers have the same shape, basis rank and input. Calls alternate and the least time of each is compared: on a CPU the
+processor time of the one thread, which other programs disturb little. *Peak* is the most memory that tensors made during the
+call hold at once, gradients included; *kept* is what the graph keeps between forward and backward beyond parameters, bases and
+the input. On a CPU both are counted storage by storage as operators make them; with a GPU the peak is the allocator's. Numbers
+below 1 are in our favour.
 """
 
-import json
 import sys
 import time
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import _results
 import torch
 from peft import RandLoraConfig, get_peft_model
 from torch import nn
@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from loracle.reference.randlora import BasePair, RandLoRALinear, draw_bases
 
 # out, in: square, tall, wide
-SHAPES, RANK, BATCH, ROUNDS = ((1024, 1024), (2048, 768), (768, 2048)), 32, 512, 40
+SHAPES, RANK, BATCH, ROUNDS = ((1024, 1024), (2048, 768), (768, 2048)), 32, 512, 50
 
 
 class Live(TorchDispatchMode):
@@ -75,17 +75,18 @@ def layers(shape: tuple[int, int], device: str) -> tuple[nn.Module, nn.Module]:
 
 
 def quickest(*calls: Callable[[], None], device: str) -> list[float]:
-    """Least seconds of each call; the calls alternate."""
+    """Least seconds of each call; the calls alternate, and so does which of them comes first."""
     times: list[list[float]] = [[] for _ in calls]
-    for _ in range(ROUNDS):
-        for call, seconds in zip(calls, times, strict=True):
+    for i in range(ROUNDS):
+        for call, seconds in list(zip(calls, times, strict=True))[:: (-1) ** i]:
             if device == "cuda":
                 torch.cuda.synchronize()
-            start = time.perf_counter()
+            clock = time.perf_counter if device == "cuda" else time.thread_time
+            start = clock()
             call()
             if device == "cuda":
                 torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clock() - start)
     return [min(seconds) for seconds in times]
 
 
@@ -148,24 +149,22 @@ def compare(shape: tuple[int, int], input_gradient: bool, device: str) -> dict[s
         "forward_and_backward_peak_bytes": [peak(both(layer), device) for layer in pair],
         "kept_bytes": [kept(layer, x) for layer in pair],
     }
-    ratios = {name: round(ours / theirs, 3) if theirs else float(ours > 0) for name, (ours, theirs) in measured.items()}
-    return {"shape": list(shape), "input_gradient": input_gradient, "ours_and_peft": measured, "ratio": ratios}
+    which = f"{shape[0]} x {shape[1]}, {'with' if input_gradient else 'without'} gradient of the input"
+    promises = []
+    for name, (ours, theirs) in measured.items():
+        if ours or theirs:
+            says = f"{name.rpartition('_')[0].replace('_', ' ')} of PEFT's, {which}"
+            promises.append(_results.promise(says, ours / theirs if theirs else float("inf"), 1.0))
+    return {"shape": list(shape), "input_gradient": input_gradient, "ours_and_peft": measured, "promises": promises}
 
 
 def main() -> None:
-    """Print every ratio, and write them with what was measured."""
+    """Measure, print and write."""
     device = "cuda" if "--cuda" in sys.argv else "cpu"
-    paths = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
     torch.set_num_threads(1)
     rows = [compare(shape, input_gradient, device) for shape in SHAPES for input_gradient in (False, True)]
-    for row in rows:
-        which = "with" if row["input_gradient"] else "without"
-        said = ", ".join(f"{name.rpartition('_')[0].replace('_', ' ')} {ratio:.3f}" for name, ratio in row["ratio"].items())
-        print(f"{row['shape'][0]} x {row['shape'][1]}, {which} input gradient: {said} of PEFT's (at most 1.0)")
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu, one thread"
-    result = {"device": name, "torch": torch.__version__, "rank": RANK, "batch": BATCH, "rows": rows}
-    for path in paths:
-        Path(path).write_text(json.dumps(result, indent=1) + "\n")
+    promises = [one for row in rows for one in row.pop("promises")]
+    _results.write("randlora", {"rank": RANK, "batch": BATCH, "rounds": ROUNDS, "rows": rows, "promises": promises}, device=device)
 
 
 if __name__ == "__main__":

@@ -193,9 +193,7 @@ def bases_from_the_global_generator(module):
             assert follows_the_global_generator(lambda kind=kind, part=part: module.draw_bases([_randn(30, 40)], rank=6, kind=kind)[part])
 
 
-@promise(
-    "Bases have the weights' dtype; in half precision they are drawn and normalised in float32.", of=("draw_bases", "normalise")
-)
+@promise("Bases have the weights' dtype; in half precision they are drawn and normalised in float32.", of=("draw_bases", "normalise"))
 def bases_in_half_precision(module):
     for dtype in (torch.float16, torch.bfloat16):
         half = module.draw_bases([torch.ones(20, 30, dtype=dtype)], rank=4, generator=torch.Generator().manual_seed(0))

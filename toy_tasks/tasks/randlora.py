@@ -5,6 +5,7 @@ leave at several budgets, each at the best of several learning rates, for a chan
 `choices`: scalings, starts, kinds of bases and two faults at one budget and learning rate, for the flat change.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -179,8 +180,7 @@ class _Race:
         """What a method trains, one model per seed."""
         models: list[nn.Module] = []
         for layer, generator in zip(self.problem.layers, self.trial.generators(stream=1), strict=True):
-            frozen = nn.utils.skip_init(nn.Linear, self.config.side, self.config.side, bias=False)
-            frozen.weight.data.copy_(layer.weight.detach())
+            frozen = copy.deepcopy(layer)
             if method == "lora":
                 models.append(LoRALinear(frozen, rank=rank, alpha=2 * rank, generator=generator))
             else:
