@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from loracle.reference.randlora import BasePair, RandLoRALinear, draw_bases
 
 # out, in: square, tall, wide
-SHAPES, RANK, BATCH, ROUNDS = ((1024, 1024), (2048, 768), (768, 2048)), 32, 512, 50
+SHAPES, RANK, BATCH, ROUNDS = ((1024, 1024), (2048, 768), (768, 2048)), 32, 512, 80
 
 
 class Live(TorchDispatchMode):
