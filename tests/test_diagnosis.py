@@ -30,6 +30,7 @@ NOT_IN_FLOAT32 = {
     "fit_in_float32",
     "norms_in_float32",
     "factored_in_float32",
+    "delta_in_float32",
 }
 
 PAPERS = [p for p in papers() if importlib.util.find_spec(f"loracle.oracle_tests.mistakes.{p}")]

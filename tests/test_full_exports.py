@@ -14,11 +14,15 @@ import transformers
 
 from loracle.toy_tasks import methods
 from loracle.toy_tasks.config import UsageError
-from loracle.toy_tasks.full_scale import exports, training
+from loracle.toy_tasks.full_scale import checkpoints, exports, training
 from loracle.toy_tasks.full_scale.settings import resolve
 
-# PEFT asks transformers by a name that is on its way out
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+pytestmark = [
+    # PEFT asks transformers by a name that is on its way out
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+    # It expects RandLoRA's bases once for each layer, though the layers share them
+    pytest.mark.filterwarnings("ignore:Found missing adapter keys while loading the checkpoint. .'[^']*randlora_A:UserWarning"),
+]
 
 SETTINGS = ["batch_size=8", "rank=2", "alpha=4", "lr=2e-2", "sequence_length=40", "dropout=0", "precision=float32"]
 # float32 and two layers: a sum of 40 products of another order, in logits of size 1
@@ -95,3 +99,35 @@ def test_an_export_overwrites_nothing(finished, tmp_path):
         exports.export(tmp_path, tmp_path / "export")
     with pytest.raises(UsageError, match="peft or merged"):
         exports.export(finished("lora"), tmp_path / "export", "gguf")
+
+
+def test_a_randlora_that_peft_cannot_pair_says_why_and_is_merged(tiny_llama, tmp_path):
+    """A key layer of half the width has half the terms."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.from_pretrained(tiny_llama, num_key_value_heads=1)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    transformers.AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "model")
+    given = {"model": str(tmp_path / "model"), "data": str(tiny_llama.parent / "data.jsonl"), "steps": 2}
+    targets = 'target_modules=["q_proj", "k_proj"]'
+    for rank, kind in ((5, "merged"), (1, "peft")):
+        out, to = tmp_path / f"run{rank}", tmp_path / f"export{rank}"
+        training.train(resolve("lora", method="randlora", overrides=[*SETTINGS, targets, f"rank={rank}"], **given), out, cpu=True)
+        expected = logits(exports.load_trained(out).model)
+        made, why = exports.export(out, to)
+        assert made == kind
+        if kind == "merged":
+            assert "its layers have 3 and 5 terms" in why
+            with pytest.raises(UsageError, match="3 and 5 terms.*use --kind merged"):
+                exports.export(out, tmp_path / "adapter", "peft")
+            reloaded = pretrained(to)
+        else:  # the terms of rank 1 are in the same order for any number of them, and have scalings of their own
+            reloaded = peft.PeftModel.from_pretrained(pretrained(tmp_path / "model"), to)
+        torch.testing.assert_close(logits(reloaded), expected, rtol=0, atol=TOLERANCE)
+
+
+def test_the_bases_of_randlora_are_stored_once(finished, tmp_path):
+    out = finished("randlora")
+    exports.export(out, tmp_path / "export")
+    for path in (out / checkpoints.START, tmp_path / "export" / exports.ADAPTER):
+        shapes = [tuple(tensor.shape) for tensor in load_file(path).values()]
+        assert sum(shape[-1] == 2 and len(shape) == 3 for shape in shapes) == 1, path  # B (large, terms, rank)

@@ -65,7 +65,7 @@ def test_checkpointing_and_accumulation_change_no_weight_much(make_run, tmp_path
 # Resuming
 
 
-@pytest.mark.parametrize("method", ["lora", "lora_ga", "lora_pro", "lora_sb", "full"])
+@pytest.mark.parametrize("method", ["lora", "lora_ga", "lora_pro", "lora_sb", "randlora", "full"])
 def test_a_killed_run_ends_as_the_unbroken_one(make_run, tmp_path, method):
     """Killed by SIGKILL at a random moment, resumed: the same bits in weights and moments."""
     overrides = ["dropout=0.1"] if method in ("lora", "lora_ga", "lora_pro") else []

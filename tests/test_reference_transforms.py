@@ -8,6 +8,7 @@ from loracle.oracle_tests.contract import contract, papers
 from loracle.oracle_tests.loading import load
 
 SIZES = {"out": 5, "in": 4, "rank": 2, "...": (3,), "blocks": 3, "block_rank": 2, "in_block": 4, "out_block": 5}
+SIZES |= {"bases": 2, "small": 4, "large": 5}
 
 # Set-up functions draw, count, or check values, as their description says; they run once per layer and need no transform
 SET_UP = ("init", "draw", "fit", "merge", "unmerge", "num", "scaling")

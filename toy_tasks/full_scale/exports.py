@@ -82,13 +82,14 @@ def export(out: Path, to: Path, kind: str | None = None, *, cache: Path | None =
     if to.exists():
         raise UsageError(f"{to} is there already; give another folder")
     trained = load_trained(out, cache=cache)
-    obstacle = trained.method.obstacle(weight_decay=trained.run.weight_decay)
+    own_format = trained.run.method == "randlora"
+    obstacle = unpaired(trained) if own_format else trained.method.obstacle(weight_decay=trained.run.weight_decay)
     if kind == "peft" and obstacle:
         raise UsageError(f"{trained.run.method} cannot be exported as an adapter: {obstacle}; use --kind merged")
     if kind == "merged" or obstacle:
         write_merged(trained, to)
         return "merged", obstacle or "asked for"
-    return "peft", write_lora(trained, to)
+    return "peft", (write_randlora if own_format else write_lora)(trained, to)
 
 
 def write_lora(trained: Trained, to: Path) -> str:
@@ -108,8 +109,8 @@ def write_lora(trained: Trained, to: Path) -> str:
         task_type="CAUSAL_LM",
         base_model_name_or_path=trained.run.model,
     )
-    tensors = {f"{name}.lora_A.weight": change.A for name, change in changes.items()}
-    tensors |= {f"{name}.lora_B.weight": change.B for name, change in changes.items()}
+    tensors = {f"model.{name}.lora_A.weight": change.A for name, change in changes.items()}
+    tensors |= {f"model.{name}.lora_B.weight": change.B for name, change in changes.items()}
     _write_adapter(to, config, tensors)
     why = (
         "twice that of the run, since the factors of the start were taken out of the pretrained weight"
@@ -119,8 +120,52 @@ def write_lora(trained: Trained, to: Path) -> str:
     return f"LoRA of rank {rank}, {why}"
 
 
+def unpaired(trained: Trained) -> str | None:
+    """Why PEFT's RandLoRA cannot hold this one, or None if it can.
+
+    PEFT flattens the columns of B term by term and meets them with the rows of A rank by rank, so that which two meet depends
+    on the number of terms.
+    """
+    layers = trained.method.layers(trained.model).values()
+    terms = sorted({len(layer.lambdas) for layer in layers})
+    if len(terms) == 1 or trained.run.rank == 1:
+        return None
+    counts = " and ".join(map(str, terms))
+    return f"its layers have {counts} terms, for which PEFT pairs the columns of the one B that they share in different orders"
+
+
+@torch.no_grad()
+def write_randlora(trained: Trained, to: Path) -> str:
+    """An adapter in PEFT's RandLoRA format, with its bases, B in the order in which PEFT reads it. Returns its rank in words.
+
+    PEFT itself writes the bases once for each layer, 40 GB for 7 billion weights, and warns when it reads them once. Its layers
+    share them all the same.
+    """
+    from peft import RandLoraConfig
+
+    layers = trained.method.layers(trained.model)
+    first = next(iter(layers.values()))
+    A, B, rank = first.pair.A, first.pair.B.clone(), trained.run.rank
+    terms = max(len(layer.lambdas) for layer in layers.values())
+    # Read as (large, rank, terms): column (j, k) of B stands where the row (k, j) of the scaled A is
+    B[:, :terms] = B[:, :terms].mT.reshape(len(B), terms, rank)
+    config = RandLoraConfig(
+        r=rank,
+        randlora_alpha=first.scaling * rank,  # PEFT divides it by the rank
+        target_modules=list(layers),
+        save_projection=True,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=trained.run.model,
+    )
+    # One scaling for all layers: what is particular to one goes into its diagonals
+    tensors = {f"model.{name}.randlora_lambda": layer.lambdas.mT * (layer.scaling / first.scaling) for name, layer in layers.items()}
+    tensors |= {f"model.{name}.randlora_gamma": layer.gammas for name, layer in layers.items()}
+    _write_adapter(to, config, {**tensors, "randlora_A": A[:, None], "randlora_B": B})
+    return f"RandLoRA of basis rank {rank}, with its bases; PEFT will warn that each layer's own copy of them is missing, which its layers do not need"
+
+
 def _write_adapter(to: Path, config: Any, tensors: Mapping[str, Tensor]) -> None:
-    checkpoints.save_tensors({f"base_model.model.{name}": tensor for name, tensor in tensors.items()}, to / ADAPTER)
+    checkpoints.save_tensors({f"base_model.{name}": tensor for name, tensor in tensors.items()}, to / ADAPTER)
     config.inference_mode = True
     tree = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     write_atomically(to / CONFIG, json.dumps(tree, indent=1, default=str))

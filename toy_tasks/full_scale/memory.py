@@ -101,7 +101,7 @@ def shared(method: str, shapes: Collection[tuple[int, int]], rank: int) -> int:
     """Numbers that all layers of a method share: RandLoRA's bases."""
     if method != "randlora":
         return 0
-    small, large = max(min(shape) for shape in shapes), max(max(shape) for shape in shapes)
+    small, large = sorted(max(shape[side] for shape in shapes) for side in (0, 1))
     return rank * small + math.ceil(small / rank) * rank * large
 
 
