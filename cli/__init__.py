@@ -2,7 +2,7 @@
 
 import typer
 
-from . import conformance, oracle, strength, toy, vectors
+from . import conformance, full, oracle, strength, toy, vectors
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -10,6 +10,7 @@ app = typer.Typer(
     help="Reference implementation and test oracle for low-rank adaptation (LoRA).",
 )
 app.add_typer(toy.app, name="toy")
+app.add_typer(full.app, name="full")
 app.add_typer(vectors.app, name="vectors")
 app.command()(oracle.check)
 app.command()(oracle.adapter)

@@ -15,10 +15,17 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from ..toy_tasks.experiment import Task
-    from ..toy_tasks.records import Difference, Judged, Metric, Results
+    from ..toy_tasks.records import Judged, Results
 
-SEEDS, QUICK_SEEDS = 5, 3
+SEEDS, QUICK_SEEDS, COMPARED_SEEDS = 5, 3, 10
 FAILED, NOTHING_CHECKED, WRONG_USAGE, INTERRUPTED = 1, 2, 3, 130
+
+Device = Annotated[str, typer.Option(help="Where to compute: cpu or cuda. The random draws are the same on both.")]
+Quick = Annotated[bool, typer.Option("--quick", help="A few seconds, to see it work; the numbers then mean nothing.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of configs/SLUG.toml; may be repeated.")
+]
+Out = Annotated[Path | None, typer.Option(help="Where to write.", show_default="runs/SLUG, or runs/SLUG-quick")]
 
 app = typer.Typer(no_args_is_help=True, help="The experiments: one per paper, each under a minute on a laptop.")
 console = Console()
@@ -52,7 +59,7 @@ def list_experiments() -> None:
     table = Table("slug", "paper", "question", title="Experiments", title_justify="left")
     for slug in find_slugs():
         title, question = describe(slug)
-        table.add_row(slug, title, question)
+        table.add_row(slug, title or "all of them", question)
     console.print(table)
     console.print("Run one with [bold]loracle toy run SLUG[/bold].")
 
@@ -60,13 +67,11 @@ def list_experiments() -> None:
 @app.command()
 def run(
     slug: Annotated[str, typer.Argument(help="Which experiment; `loracle toy list` names them.", show_default=False)],
-    device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda. The random draws are the same on both.")] = "cpu",
+    device: Device = "cpu",
     seeds: Annotated[int | None, typer.Option(help="How many seeds, 0 to N-1; with --quick 3.", show_default=str(SEEDS))] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A few seconds, to see it work; the verdicts then mean nothing.")] = False,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of configs/SLUG.toml; may be repeated.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where to write.", show_default="runs/SLUG, or runs/SLUG-quick")] = None,
+    quick: Quick = False,
+    settings: Settings = None,
+    out: Out = None,
 ) -> None:
     """Run an experiment: measure, judge the paper's claims, write results.json and the figure.
 
@@ -80,6 +85,42 @@ def run(
       loracle toy run lora --quick
       loracle toy run lora --seeds 10 --set digits_ranks=1,2 --set digits_lr=0.003 --out runs/narrow
     """
+    count = seeds if seeds is not None else QUICK_SEEDS if quick else SEEDS
+    _run(slug, _print_results, device, count, quick, settings, out)
+
+
+@app.command()
+def compare(
+    device: Device = "cpu",
+    seeds: Annotated[int | None, typer.Option(help="How many seeds, 0 to N-1; with --quick 3.", show_default=str(COMPARED_SEEDS))] = None,
+    quick: Quick = False,
+    settings: Settings = None,
+    out: Out = None,
+) -> None:
+    """Compare all methods: the same two tasks, at equal rank and with equally many trained numbers, the learning rate tuned alike.
+
+    Every method gets the same learning rates to choose from, tried with the same seeds, none of which is reported.
+
+    \b
+    Examples:
+      loracle toy compare
+      loracle toy compare --quick
+      loracle toy compare --seeds 5 --set rank=2 --set rates=10,30,100,300 --out runs/rank-2
+    """
+    count = seeds if seeds is not None else QUICK_SEEDS if quick else COMPARED_SEEDS
+    _run("compare", _print_comparison, device, count, quick, settings, out)
+
+
+def _run(
+    slug: str,
+    show: Callable[[Task, Results], None],
+    device: str,
+    seeds: int,
+    quick: bool,
+    settings: list[str] | None,
+    out: Path | None,
+) -> None:
+    """Run an experiment, `show` its results, and write them and the figure."""
     with _exit_codes():
         from ..toy_tasks.experiment import check_slug, load
         from ..toy_tasks.experiment import run as run_task
@@ -87,17 +128,16 @@ def run(
         check_slug(slug)
         out = out or Path("runs") / (f"{slug}-quick" if quick else slug)
         task, config = load(slug, quick=quick, overrides=settings or ())
-        count = seeds if seeds is not None else QUICK_SEEDS if quick else SEEDS
         try:
             with _progress() as progress:
                 report = _reporter(task, progress)
-                results = run_task(task, config, seeds=range(count), out=out, device=device, quick=quick, report=report)
+                results = run_task(task, config, seeds=range(seeds), out=out, device=device, quick=quick, report=report)
         except KeyboardInterrupt:
             errors.print(
                 f"interrupted; finished parts are kept in {out / 'parts'}, and the same command goes on from there", soft_wrap=True
             )
             raise typer.Exit(INTERRUPTED) from None
-        _print_results(task, results)
+        show(task, results)
 
         from ..toy_tasks.plotting import save
 
@@ -164,8 +204,39 @@ def _reporter(task: Task, progress: Progress) -> Callable[[str, float], None]:
     return report
 
 
+def _print_comparison(task: Task, results: Results) -> None:
+    """One table: a section for each task and regime."""
+    from rich.box import SIMPLE_HEAD
+
+    from ..toy_tasks.tasks import compare as comparison
+
+    table = Table(*comparison.HEADINGS, title="\nAll methods, treated alike", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for section in comparison.sections(results):
+        table.add_row(f"[bold]{section.title}[/bold]")
+        for row in section.rows:
+            table.add_row(*row)
+        table.add_section()
+    console.print(table)
+    for line in comparison.notes(results):
+        console.print(line, highlight=False)
+    _print_cost(results)
+    if results.quick:
+        console.print("A quick run is too short for its numbers to mean anything.")
+
+
+def _print_cost(results: Results) -> None:
+    """What the intervals are, how long it took and where."""
+    seconds = sum(results.seconds.values())
+    note = f"Mean ± half of the 95 % interval over {len(results.seeds)} seeds, unless below 0.0005. {seconds:.1f} s on {results.device}."
+    console.print(note, highlight=False)
+
+
 def _print_results(task: Task, results: Results) -> None:
     """One table for each part, then the claims with their verdicts."""
+    from ..toy_tasks.records import as_text
+
     for part in task.parts:
         own = [name.split(".") for name in results.metrics if name.startswith(f"{part.name}.")]
         quantities = list(dict.fromkeys(quantity for _, _, quantity in own))
@@ -177,14 +248,14 @@ def _print_results(task: Task, results: Results) -> None:
             table.add_column(heading, justify="right")
         for variant in dict.fromkeys(variant for _, variant, _ in own):
             metrics = [results.metrics.get(f"{part.name}.{variant}.{quantity}") for quantity in quantities]
-            cells = [_cell(metric) for metric in metrics]
+            cells = [as_text(metric) for metric in metrics]
             if part.baseline:
-                cells.insert(1, _cell(metrics[0] and metrics[0].difference))
+                cells.insert(1, as_text(metrics[0] and metrics[0].difference))
             table.add_row(variant.replace("_", " "), *cells)
         console.print(table)
-    seconds = sum(results.seconds.values())
-    note = f"Mean ± half of the 95 % interval over {len(results.seeds)} seeds, unless below 0.0005. {seconds:.1f} s on {results.device}."
-    console.print(note, highlight=False)
+    _print_cost(results)
+    if not results.claims:
+        return
 
     table = Table("verdict", "claim", "measured", title="\nClaims", title_justify="left", show_lines=True)
     for claim in results.claims:
@@ -193,18 +264,6 @@ def _print_results(task: Task, results: Results) -> None:
     console.print(table)
     if results.quick:
         console.print("A quick run is too short for its verdicts to mean anything.")
-
-
-def _cell(metric: Metric | Difference | None) -> str:
-    """Mean and half of the interval, the latter left out where it rounds to nothing; a count (whole, no spread) as it is."""
-    if metric is None:
-        return ""
-    if metric.mean is None or metric.low is None:
-        return "not finite"
-    half = metric.mean - metric.low
-    if half == 0 and metric.mean % 1 == 0:
-        return f"{metric.mean:,.0f}"
-    return f"{metric.mean:.3f}" + (f" ± {half:.3f}" if half >= 0.0005 else "")
 
 
 def _range(claim: Judged) -> str:

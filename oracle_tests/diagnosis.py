@@ -133,7 +133,7 @@ class Probe(NamedTuple):
 
     function: str
     options: tuple[str, ...] = ()
-    choice: tuple[tuple[str, str], ...] = ()
+    choice: tuple[tuple[str, str | bool], ...] = ()
 
 
 def probes_for(paper: str, needs: Iterable[str]) -> tuple[Probe, ...]:

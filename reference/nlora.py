@@ -1,7 +1,7 @@
 r"""NLoRA: a small trainable matrix between the two factors, and a start that copies rows and columns of the weight.
 
-Guo, Chang and Wu put an r x r matrix N between B and A (StructuredLoRA, SLoRA), start all three from blocks of the weight that
-a Nystroem approximation is made of, without any decomposition (NystroemLoRA, NLoRA), or train N alone (IntermediateTune, IntTune).
+Guo, Chang and Wu put an r x r matrix N between B and A (StructuredLoRA, SLoRA), start all three as the blocks of the weight from which
+Nystroem's approximation is built, without any decomposition (NystroemLoRA, NLoRA), or train N alone (IntermediateTune, IntTune).
 As published the start uses the block itself where Nystroem's formula has its inverse, and nothing is subtracted from the weight.
 
 | here             | paper            | shape       | meaning                                            |
@@ -150,7 +150,7 @@ def nystrom_from_svd(W0: OutIn, *, rank: int, rows: Index | None = None, cols: I
     Errors and options as in `nystrom_approx`.
     """
     R, K, C = map(working, landmark_blocks(W0, rank=rank, rows=rows, cols=cols))
-    # Section on Nystroem: K = U L H^T; U_hat = [U; F H L^-1] = C H L^-1, V_hat = [H; B^T U L^-1] = R^T U L^-1
+    # W0 = [K E; F D], K = U L H^T; U_hat = [U; F H L^-1] = C H L^-1, V_hat = [H; E^T U L^-1] = R^T U L^-1
     U, L, Hh, inverse = _block_svd(K, rcond)
     U_hat, V_hat = C @ Hh.mT * inverse, R.mT @ U * inverse
     return (U_hat * L @ V_hat.mT).to(W0.dtype)
@@ -173,7 +173,7 @@ def init(
     `residual=False` (default, official) `W_base` is `W0` itself, and the layer starts at W0 + s B N A. With True it is
     W0 - s B N A, and the layer starts at W0; a "pinv" start without it is useless, B N A being as large as W0 or larger.
     `rows` and `cols` as in `landmark_blocks`. `rcond`, for "pinv" only: singular values of the block up to `rcond` times the
-    largest count as zero. Without it a block with such a value, 1e-12 in float64 and 1e-6 below, is refused.
+    largest count as zero. Without it a block that has one, by a cut-off of 1e-12 in float64 and else 1e-6, is refused.
 
     Raises:
         ValueError: as in `landmark_blocks`, the block cannot be inverted, `core` is unknown, `rcond` is not in [0, 1), or the
@@ -294,7 +294,7 @@ def export(A: RankIn, N: RankRank, B: OutRank) -> lora.Factors:
 
 
 def export_residual(A: RankIn, N: RankRank, B: OutRank, A0: RankIn, N0: RankRank, B0: OutRank) -> Exported:
-    """What training from a residual start has added to W0, s (B N A - B0 N0 A0), as LoRA factors of twice the rank (PiSSA's trick)."""
+    """What training from a residual start has added to W0, B N A - B0 N0 A0, as LoRA factors of twice the rank, for the same s."""
     check_shapes(A=(A, "rank in"), N=(N, "rank rank"), B=(B, "out rank"), A0=(A0, "rank in"), N0=(N0, "rank rank"), B0=(B0, "out rank"))
     return Exported(A=torch.cat([A, A0]), B=torch.cat([B @ N, -B0 @ N0], dim=1))
 

@@ -27,6 +27,9 @@ NOT_IN_FLOAT32 = {
     "inverse_in_float32",
     "optimum_in_float32",
     "optimal_delta_by_default",
+    "fit_in_float32",
+    "norms_in_float32",
+    "factored_in_float32",
     "delta_in_float32",
 }
 

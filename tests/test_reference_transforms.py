@@ -7,7 +7,8 @@ from torch.func import jacrev, vmap
 from loracle.oracle_tests.contract import contract, papers
 from loracle.oracle_tests.loading import load
 
-SIZES = {"out": 5, "in": 4, "rank": 2, "bases": 2, "small": 4, "large": 5, "...": (3,)}
+SIZES = {"out": 5, "in": 4, "rank": 2, "...": (3,), "blocks": 3, "block_rank": 2, "in_block": 4, "out_block": 5}
+SIZES |= {"bases": 2, "small": 4, "large": 5}
 
 # Set-up functions draw, count, or check values, as their description says; they run once per layer and need no transform
 SET_UP = ("init", "draw", "fit", "merge", "unmerge", "num", "scaling")
@@ -15,7 +16,9 @@ SET_UP = ("init", "draw", "fit", "merge", "unmerge", "num", "scaling")
 
 def _is_hot(function):
     checks_values = "infinite" in function.doc
-    arrays = all((s.dims is not None and s.dtype == "Float") or s.dtype == "float" for s in function.parameters.values() if s.required)
+    arrays = all(
+        (s.dims is not None and s.dtype in ("Float", "Int")) or s.dtype == "float" for s in function.parameters.values() if s.required
+    )
     return function.name.split("_")[0] not in SET_UP and not checks_values and arrays
 
 
@@ -37,6 +40,9 @@ def _call(paper, name, *, options):
             dims = [n for d in shape.dims.split() for n in (SIZES[d] if d == "..." else (SIZES[d],))]
             values = torch.randn(dims, generator=generator, dtype=torch.float64)
             tensors[parameter] = values > 0 if shape.dtype == "Bool" else values
+        elif shape.dims is not None and shape.dtype == "Int" and shape.required:  # an index vector: no permutation that is its own inverse
+            (dim,) = shape.dims.split()
+            tensors[parameter] = torch.arange(SIZES[dim]).roll(1)
         elif shape.dtype == "float" and shape.required:
             numbers[parameter] = 0.75
     if "p" in function.parameters and options:
@@ -79,12 +85,14 @@ def test_maps_over_all_tensors(paper, name, options):
 @each_hot_function
 def test_differentiates(paper, name):
     call, tensors = _call(paper, name, options=False)
-    step, direction = 1e-6, [torch.randn_like(t) for t in tensors]
+    smooth = [i for i, t in enumerate(tensors) if t.is_floating_point()]
+    step, direction = 1e-6, [torch.randn_like(tensors[i]) for i in smooth]
 
     def moved(by):
-        return _parts(call(*(t + by * d for t, d in zip(tensors, direction, strict=True))))
+        moves = dict(zip(smooth, direction, strict=True))
+        return _parts(call(*(t + by * moves[i] if i in moves else t for i, t in enumerate(tensors))))
 
-    jacobians = jacrev(lambda *given: _parts(call(*given)), argnums=tuple(range(len(tensors))))(*tensors)
+    jacobians = jacrev(lambda *given: _parts(call(*given)), argnums=tuple(smooth))(*tensors)
     for jacobian, after, before in zip(jacobians, moved(step), moved(-step), strict=True):
         along = sum((j * d).sum(dim=tuple(range(j.ndim - d.ndim, j.ndim))) for j, d in zip(jacobian, direction, strict=True))
         torch.testing.assert_close(along, (after - before) / (2 * step), rtol=1e-6, atol=1e-6)

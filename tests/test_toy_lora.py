@@ -64,7 +64,7 @@ def test_the_shift_has_the_loss_of_its_spectrum_and_the_page_s_start():
 
 def test_turned_digits_are_the_same_images_turned_by_a_quarter():
     splits = [lora.load_digits(20, 10, torch.Generator().manual_seed(seed)) for seed in range(2)]
-    upright, turned = (lora._Digits(splits, quarters, torch.device("cpu")) for quarters in (0, 1))
+    upright, turned = (lora.Digits(splits, quarters, torch.device("cpu")) for quarters in (0, 1))
     image, other = upright.train_x[1, 3].reshape(8, 8), turned.train_x[1, 3].reshape(8, 8)
     assert all(other[7 - j, i] == image[i, j] for i in range(8) for j in range(8))
     assert torch.equal(upright.test_y, turned.test_y)

@@ -124,7 +124,7 @@ def load_config(kind: type[T], slug: str, *, quick: bool = False, overrides: Seq
         values |= _table(tables, "quick", path)
         config = convert(values, kind, f"{path} [quick]")
     if overrides:
-        config = convert(values | _parse_overrides(overrides, kind), kind, "--set")
+        config = convert(values | parse_overrides(overrides, kind), kind, "--set")
     return config
 
 
@@ -135,7 +135,7 @@ def _table(tables: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
     return table
 
 
-def _parse_overrides(overrides: Sequence[str], kind: type) -> dict[str, Any]:
+def parse_overrides(overrides: Sequence[str], kind: type) -> dict[str, Any]:
     """`key=value` texts as values of the types that TOML has."""
     kinds = get_type_hints(kind)
     values = {}

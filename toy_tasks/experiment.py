@@ -274,7 +274,8 @@ def _check_device(device: str) -> str:
 def _code_digest(task: Task) -> str:
     """A digest of the source that a part's numbers can depend on."""
     digest = hashlib.sha256()
-    files = [*sorted(REFERENCE.glob("*.py")), *sorted(Path(__file__).parent.glob("*.py"))]
+    here = Path(__file__).parent
+    files = [file for folder in (REFERENCE, here, here / "methods") for file in sorted(folder.glob("*.py"))]
     module = sys.modules.get(task.config.__module__)
     if module is not None and module.__file__:
         files.append(Path(module.__file__))

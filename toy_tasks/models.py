@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
-from .datasets import draw_orthonormal
+from .datasets import Split, draw_orthonormal
 
 if TYPE_CHECKING:
     from .experiment import Trial
@@ -111,3 +111,24 @@ class Shift:
 
     def _error(self, z: Tensor, y: Tensor) -> Tensor:
         return (self.activation(z) - y).square().sum(dim=-1).mean(dim=-1)
+
+
+class Digits:
+    """Training and test digits of every seed, turned by `quarters` quarter turns, as vectors (seeds, n, 64)."""
+
+    def __init__(self, splits: Sequence[Split], quarters: int, device: torch.device) -> None:
+        def turn(images: list[Tensor]) -> Tensor:
+            return torch.rot90(torch.stack(images), quarters, dims=(2, 3)).flatten(2).to(device)
+
+        self.train_x, self.test_x = turn([s.train_images for s in splits]), turn([s.test_images for s in splits])
+        self.train_y = torch.stack([s.train_labels for s in splits]).to(device)
+        self.test_y = torch.stack([s.test_labels for s in splits]).to(device)
+
+    def loss(self, stack: Stack, params: Params) -> Tensor:
+        """Cross-entropy on the training digits (seeds,)."""
+        logits = stack(params, self.train_x)
+        return nn.functional.cross_entropy(logits.mT, self.train_y, reduction="none").mean(dim=1)
+
+    def accuracy(self, stack: Stack, params: Params) -> Tensor:
+        """Share of test digits recognised (seeds,)."""
+        return (stack(params, self.test_x).argmax(dim=2) == self.test_y).double().mean(dim=1)

@@ -74,6 +74,17 @@ def draw_bars(ax: Axes, groups: Sequence[str], series: Mapping[str, Sequence[Met
     ax.grid(axis="x", visible=False)
 
 
+def draw_rows(ax: Axes, labels: Sequence[str], series: Mapping[str, Sequence[Metric]]) -> None:
+    """Means with 95 % intervals along x, a row for each label from the top; the series of a row lie closely under one another."""
+    for i, (name, metrics) in enumerate(series.items()):
+        mean, half = _mean_and_half(metrics)
+        at = np.arange(len(labels)) + (i - (len(series) - 1) / 2) * 0.3
+        style = {**line_style(i), "linestyle": "", "markerfacecolor": "white" if i % 2 else COLOURS[i % 7]}
+        ax.errorbar(mean, at, xerr=half, label=name, capsize=2, markersize=5, **style)
+    ax.set_yticks(range(len(labels)), list(labels))
+    ax.set_ylim(len(labels) - 0.5, -0.5)
+
+
 def all_finite(row: Interval) -> bool:
     """Whether a mean and its interval exist."""
     return row.mean is not None

@@ -149,6 +149,18 @@ def _holds(found: Interval, claim: Claim) -> bool:
     return found.low >= claim.threshold if claim.comparison == ">=" else found.high <= claim.threshold
 
 
+def as_text(metric: Metric | Difference | None) -> str:
+    """Mean and half of the interval, the latter left out where it rounds to nothing; a count (whole, no spread) as it is."""
+    if metric is None:
+        return ""
+    if metric.mean is None or metric.low is None:
+        return "not finite"
+    half = metric.mean - metric.low
+    if half == 0 and metric.mean % 1 == 0:
+        return f"{metric.mean:,.0f}"
+    return f"{metric.mean:.3f}" + (f" ± {half:.3f}" if half >= 0.0005 else "")
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all: an interruption or a full disk leaves what was there before.
 

@@ -76,7 +76,9 @@ def header(paper: Any) -> None:
     others = {1: "", 2: f" and {paper.authors[-1]}"}.get(len(paper.authors), " et al.")
     print(f"[{paper.title}](https://arxiv.org/abs/{paper.arxiv}), ", end="")
     print(f"{paper.authors[0]}{others}, {paper.venue} {paper.year}.")
-    if paper.official_code:
+    if paper.official_code == "none":
+        print("We found no code of the authors'.")
+    else:
         print(
             f"Authors' code: [{paper.official_code}](https://github.com/{paper.official_code})."
         )

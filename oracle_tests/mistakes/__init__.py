@@ -33,14 +33,14 @@ class Mistake:
 class Observables:
     """How diagnosis looks at a paper's functions; `OBSERVABLES` of the paper's file, where it differs from the default.
 
-    choices: words that an option may be, beside its default ("distribution": ("gaussian",)).
+    choices: words that an option may be, beside its default ("distribution": ("gaussian",)); True and False for one that is on or off.
     values: for parameters that are neither floating-point arrays nor numbers (a closure, index sets), or are special: a value,
         or a function of the generic case that makes it; a case has the sizes `out`, `in`, `rank` and the values by name.
     gauge_free: for functions whose result has a free sign or rotation: `(case, result)` to values without, by name; the name of
         an option ("init.indices") has its own where what is free depends on it.
     """
 
-    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    choices: Mapping[str, tuple[str | bool, ...]] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
     gauge_free: Mapping[str, Callable[[Any, Any], Mapping[str, Any]]] = field(default_factory=dict)
 

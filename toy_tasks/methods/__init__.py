@@ -46,6 +46,8 @@ class Method:
     """One paper's method and its options."""
 
     layer: ClassVar[type[nn.Module]]  # what `attach` puts in the place of a linear layer
+    # Its rows in `loracle toy compare`: a word for the row's name, and the options changed for it
+    compared: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}}
 
     def attach(self, model: nn.Module, setup: Setup) -> list[str]:
         """Put the adapters into the model, in place; afterwards just what they train requires a gradient.
@@ -57,6 +59,10 @@ class Method:
     def optimizer(self, model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
         """AdamW on everything that is trained; a paper with an optimizer of its own gives that."""
         return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
+
+    def trained(self, model: nn.Module, *, weight_decay: float = 0.0) -> dict[str, Tensor]:
+        """The tensors that a step of the optimizer changes, by name: what a checkpoint has to hold."""
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def layers(self, model: nn.Module) -> dict[str, Any]:
         """The adapted layers by name, in the model's order."""

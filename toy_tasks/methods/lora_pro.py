@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...reference.lora_pro import LoRAProAdamW
 from . import lora
@@ -18,6 +18,12 @@ class Method(lora.Method):
     def optimizer(self, model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
         layers = self.layers(model).values()
         return LoRAProAdamW(layers, lr=lr, weight_decay=weight_decay, mode=self.mode, X=self.X, delta=self.delta)
+
+    def trained(self, model: nn.Module, *, weight_decay: float = 0.0) -> dict[str, Tensor]:
+        found = super().trained(model)
+        if self.mode == "full" and weight_decay > 0:
+            found |= {f"{name}.base.weight": layer.base.weight for name, layer in self.layers(model).items()}
+        return found
 
     def obstacle(self, *, weight_decay: float = 0.0) -> str | None:
         if self.mode == "full" and weight_decay > 0:

@@ -1,6 +1,8 @@
 """NLoRA, SLoRA and IntTune: a small matrix between the factors, which start as rows and columns of the weight."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -13,6 +15,8 @@ from . import Method as Base
 @dataclass(frozen=True)
 class Method(Base):
     layer = SLoRALinear
+    # As published the start is not the pretrained weight
+    compared: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}, "residual": {"residual": True}}
     method: str = "nlora"
     core: str | None = None
     residual: bool = False

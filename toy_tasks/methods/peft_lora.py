@@ -1,7 +1,8 @@
 """PEFT's LoRA, the other baseline: its layers in the place of ours, everything else the same."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ ADAPTER = "default"
 
 @dataclass(frozen=True)
 class Method(Base):
+    compared: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # the same method as `lora`, from a library that need not be installed
     rslora: bool = False
 
     def attach(self, model: nn.Module, setup: Setup) -> list[str]:

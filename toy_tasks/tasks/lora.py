@@ -7,22 +7,20 @@ is adapted to the same digits turned by 90 degrees; the accuracy it loses on upr
 """
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
 
 from ...reference._adapters import replace_linears
 from ...reference.lora import LoRALinear
 from .. import plotting
 from ..config import convert
-from ..datasets import Split, draw_whitened, load_digits
+from ..datasets import draw_whitened, load_digits
 from ..experiment import Measurements, Part, Quantity, Trial
-from ..models import Params, Shift, Stack, make_mlp
+from ..models import Digits, Shift, Stack, make_mlp
 from ..records import Claim, Results
 from ..training import adam, sgd, train
 
@@ -222,7 +220,7 @@ def run_digits(config: Config, trial: Trial) -> Measurements:
     sizes = (64, config.digits_hidden, config.digits_hidden, 10)
     fresh = Stack([make_mlp(sizes, generator) for generator in generators], trial.device)
     tick = trial.counter(config.digits_pretrain_steps + (len(config.digits_ranks) + 1) * config.digits_steps)
-    upright, turned = _Digits(splits, 0, trial.device), _Digits(splits, 1, trial.device)
+    upright, turned = Digits(splits, 0, trial.device), Digits(splits, 1, trial.device)
 
     optimizer = adam(config.digits_pretrain_lr)
     pretrained = train(partial(upright.loss, fresh), fresh.trainable, optimizer, steps=config.digits_pretrain_steps, tick=tick)
@@ -248,27 +246,6 @@ def run_digits(config: Config, trial: Trial) -> Measurements:
         )
         measured.add_curve(variant, "loss", trained.steps, trained.losses)
     return measured
-
-
-class _Digits:
-    """Training and test digits of every seed, turned by `quarters` quarter turns, as vectors (seeds, n, 64)."""
-
-    def __init__(self, splits: Sequence[Split], quarters: int, device: torch.device) -> None:
-        def turn(images: list[Tensor]) -> Tensor:
-            return torch.rot90(torch.stack(images), quarters, dims=(2, 3)).flatten(2).to(device)
-
-        self.train_x, self.test_x = turn([s.train_images for s in splits]), turn([s.test_images for s in splits])
-        self.train_y = torch.stack([s.train_labels for s in splits]).to(device)
-        self.test_y = torch.stack([s.test_labels for s in splits]).to(device)
-
-    def loss(self, stack: Stack, params: Params) -> Tensor:
-        """Cross-entropy on the training digits (seeds,)."""
-        logits = stack(params, self.train_x)
-        return nn.functional.cross_entropy(logits.mT, self.train_y, reduction="none").mean(dim=1)
-
-    def accuracy(self, stack: Stack, params: Params) -> Tensor:
-        """Share of test digits recognised (seeds,)."""
-        return (stack(params, self.test_x).argmax(dim=2) == self.test_y).double().mean(dim=1)
 
 
 PARTS = (

@@ -1,0 +1,222 @@
+"""What goes wrong in a full-scale run says what came, what was needed and what to do, and damages nothing."""
+
+import json
+import re
+import resource
+import shutil
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+pytest.importorskip("accelerate")
+pytest.importorskip("peft")
+
+from loracle.cli import app
+from loracle.toy_tasks.config import CONFIGS, ToyError, UsageError
+from loracle.toy_tasks.full_scale import checkpoints, training
+from loracle.toy_tasks.full_scale.settings import resolve
+
+SETTINGS = ["precision=float32", "batch_size=4", "rank=2", "alpha=4", "lr=1e-2", "sequence_length=40", "dropout=0", "weight_decay=0"]
+
+
+@pytest.fixture
+def attempt(tiny_llama, tmp_path):
+    """The message of a run that fails, from the command line, and its exit code."""
+
+    def attempt_(*words, **replaced):
+        given = {"--model": str(tiny_llama), "--data": str(tiny_llama.parent / "data.jsonl"), "--out": str(tmp_path / "out"), **replaced}
+        options = [word for pair in given.items() if pair[1] is not None for word in pair]
+        sets = [word for setting in SETTINGS for word in ("--set", setting)]
+        source = () if words and not words[0].startswith("--") else ("lora",)
+        found = CliRunner().invoke(app, ["full", "run", *sets, *options, "--cpu", "--steps", "2", *source, *words], catch_exceptions=False)
+        assert "Traceback" not in found.output
+        return found.exit_code, " ".join(found.output.split())
+
+    return attempt_
+
+
+def write(path, *examples):
+    path.write_text("".join(json.dumps(example) + "\n" for example in examples))
+    return str(path)
+
+
+def test_wrong_names(attempt, tmp_path):
+    for words, said in [
+        (("lroa",), "did you mean 'lora'"),
+        (("lora", "--method", "peft"), "did you mean 'peft_lora'"),
+        (("lora", "--set", "lerning_rate=1"), "--set lerning_rate: [full] has no such key"),
+        (("lora", "--set", "rank=a"), "rank is 'a'; needed a whole number"),
+        (("lora", "--set", "rank=0"), "rank is 0; needed a positive number"),
+        (("lora", "--set", "precision=fp16"), "float16 would need gradient scaling"),
+        (("lora", "--set", "optimizer=adam"), "optimizer is 'adam'; needed one of adamw, sgd"),
+        (("lora", "--set", "schedule=cosines"), "did you mean 'cosine'"),
+        (("lora", "--set", "options={gama=1}"), "lora has no option 'gama'"),
+        (("lora", "--engine", "fsdp"), "there are 1 process(es)"),
+        (("lora", "--engine", "zero"), "engine"),
+        (("lora", "--micro-batch", "3"), "needed a multiple of micro-batch 3"),
+        (("lora", "--steps", "0"), "--steps is 0"),
+        (("lora", "--template", "Q:"), "lacks {instruction}"),
+        (("lora", "--set", 'target_modules=["query"]'), "model.layers.0.self_attn.q_proj"),
+        (("lora", "--set", "rank=99"), "rank is 99; needed a whole number from 1 to 24"),
+        ((str(tmp_path / "none.toml"),), "does not exist"),
+    ]:
+        code, output = attempt(*words)
+        assert code == 3, output
+        assert said in output, output
+
+
+def test_wrong_data(attempt, tmp_path):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"instruction": "a", "response": "b"}\n{"instruction": ')
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    good = [{"instruction": str(i), "response": str(i)} for i in range(30)]
+    for data, more, said in [
+        (str(tmp_path / "none.jsonl"), (), "could not be read: No such file"),
+        (str(broken), (), "line 2 is no JSON"),
+        (str(empty), (), "has no examples"),
+        (write(tmp_path / "list.jsonl", [1]), (), "line 1 is no JSON object"),
+        (write(tmp_path / "fields.jsonl", {"a": "b", "c": "d"}), (), "has one example"),
+        (write(tmp_path / "named.jsonl", *[{"a": "b", "c": "d"}] * 9), (), "has the fields a, c; say which"),
+        (
+            write(tmp_path / "good.jsonl", *good),
+            ("--fields", "instruction,answer"),
+            "no text in the field 'answer'; it has: instruction, response",
+        ),
+        (write(tmp_path / "number.jsonl", *good, {"instruction": "a", "response": 3}), (), "no text in the field 'response'"),
+        (write(tmp_path / "few.jsonl", *good[:3]), (), "has 2 rows and a batch 4"),
+    ]:
+        code, output = attempt("lora", *more, **{"--data": data})
+        assert code == 3, output
+        assert said in output, output
+
+
+def test_wrong_model(attempt, tmp_path):
+    code, output = attempt(**{"--model": str(tmp_path)})
+    assert code == 3
+    assert "could not be" in output
+
+
+def test_mixed_up_config_keys(attempt, tmp_path):
+    text = (CONFIGS / "lora.toml").read_text()
+    for old, new, said in [
+        ("rank = 8", "lora_rank = 8", "has no key 'lora_rank'; did you mean 'rank'"),
+        ("alpha = 16.0", 'alpha = "twice"', "alpha is 'twice'"),
+        ("[full]", "[fulll]", "[full] lacks 'model', 'data'"),
+        ("rslora = false", "gamma = 2.0", "lora has no option 'gamma'"),
+    ]:
+        path = tmp_path / "lora.toml"
+        path.write_text(text.replace(old, new, 1))
+        code, output = attempt(str(path))
+        assert code == 3
+        assert said in output, output
+
+
+def test_a_model_too_large_for_the_device(attempt, monkeypatch):
+    monkeypatch.setattr(training, "device_memory", lambda device: int(0.65 * 2**30))
+    monkeypatch.setattr("loracle.toy_tasks.full_scale.memory.RUNTIME", 0.6 * 2**30)
+    code, output = attempt("lora", "--set", "batch_size=4096")
+    assert code == 3
+    assert re.search(r"needs \d+\.\d GiB and cpu has 0\.6 GiB free; what would fit: --micro-batch \d+", output), output
+
+
+def test_lora_pro_with_decay_in_bf16(tiny_llama, tmp_path):
+    overrides = [*SETTINGS, "weight_decay=0.1", "precision=bf16"]
+    run = resolve("lora", method="lora_pro", model=str(tiny_llama), data=str(tiny_llama.parent / "data.jsonl"), overrides=overrides)
+    with pytest.raises(UsageError, match=r"rounds to nothing there; use --set precision=float32"):
+        training.train(run, tmp_path, cpu=True)
+
+
+# Checkpoints
+
+
+@pytest.fixture
+def unfinished(tiny_llama, tmp_path):
+    """A run that was interrupted after step 4 of 6, with a checkpoint of step 4: its settings, and its folder."""
+    data = str(tiny_llama.parent / "data.jsonl")
+
+    def interrupt(stage, fraction, word=""):
+        if stage == "training" and fraction > 0.8:
+            raise KeyboardInterrupt
+
+    def run(*overrides, **how):
+        return resolve("lora", overrides=[*SETTINGS, *overrides], **{"model": str(tiny_llama), "data": data, "steps": 6, **how})
+
+    with pytest.raises(KeyboardInterrupt):
+        training.train(run(), tmp_path / "run", save_every=2, cpu=True, report=interrupt)
+    return run, tmp_path / "run"
+
+
+def test_a_checkpoint_of_another_run(unfinished):
+    run, out = unfinished
+    for other, said in [(run("rank=3"), "rank was 2 and is now 3"), (run(method="lora_ga"), "method was 'lora' and is now 'lora_ga'")]:
+        with pytest.raises(UsageError, match=said):
+            training.train(other, out, cpu=True)
+        with pytest.raises(ToyError, match=said):
+            checkpoints.read(checkpoints.find(out)[-1], other)
+    # How it is computed may change
+    assert training.train(run(micro_batch=2), out, cpu=True).steps == 6
+
+
+def test_tensors_of_another_rank(unfinished):
+    run, out = unfinished
+    model, _ = training.load_model(run().model, torch.float32)
+    training.attach(run("rank=3"), model, training.stand_in_gradients(model))
+    state = checkpoints.find(out)[-1]
+    with pytest.raises(ToyError, match="it belongs to another method, rank or model"):
+        checkpoints.put(model, checkpoints.read(state, run()).weights, state)
+
+
+@pytest.mark.parametrize("name", [checkpoints.STATE, checkpoints.RUN, checkpoints.START])
+def test_a_truncated_checkpoint(unfinished, name):
+    run, out = unfinished
+    path = out / name if name == checkpoints.START else checkpoints.find(out)[-1] / name
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ToyError, match="not whole"):
+        training.train(run(), out, cpu=True)
+
+
+def test_a_disk_that_is_full_leaves_the_checkpoint_before(unfinished):
+    """A limit on the size of a file, set by the system, stops the writing halfway."""
+    run, out = unfinished
+    kept = checkpoints.find(out)[-1]
+    before = {path.name: path.read_bytes() for path in kept.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    import signal
+
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[checkpoints.STATE]) // 2, limits[1]))
+        with pytest.raises(ToyError, match=r"could not be written: .*File too large"):
+            training.train(run(), out, save_every=1, cpu=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+    assert checkpoints.find(out) == [kept]
+    assert not list(out.glob(".*"))
+    assert training.train(run(), out, cpu=True).steps == 6
+
+
+def test_ctrl_c_says_how_to_go_on(attempt, monkeypatch):
+    def interrupted(*arguments, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", interrupted)
+    code, output = attempt()
+    assert code == 130
+    assert "the same command goes on from there" in output
+
+
+def test_a_loss_that_is_not_finite(tiny_llama, tmp_path):
+    data = str(tiny_llama.parent / "data.jsonl")
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_llama, broken)
+    tensors = checkpoints.load_tensors(broken / "model.safetensors")
+    tensors["model.norm.weight"][:] = torch.inf
+    from safetensors.torch import save_file
+
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ToyError, match="lower the learning rate"):
+        training.train(resolve("lora", model=str(broken), data=data, steps=2, overrides=SETTINGS), tmp_path / "out", cpu=True)

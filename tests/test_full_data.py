@@ -1,0 +1,212 @@
+"""Data, batches, losses and evaluation of full-scale runs."""
+
+import json
+import math
+from importlib.resources import files
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+pytest.importorskip("accelerate")
+pytest.importorskip("peft")
+
+import transformers
+
+from loracle.cli import app
+from loracle.toy_tasks.config import UsageError
+from loracle.toy_tasks.full_scale import evaluation, measuring, small, training
+from loracle.toy_tasks.full_scale.data import IGNORED, Order, collate, pack, read_examples, tokenise
+from loracle.toy_tasks.full_scale.evaluation import count_tokens, exact_match, extract_answer, mean_loss, token_losses
+from loracle.toy_tasks.full_scale.settings import ASSUMED, resolve
+
+ARITHMETIC = files("loracle.toy_tasks.full_scale") / "arithmetic.jsonl"
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_llama):
+    return training.load_model(str(tiny_llama), torch.float64)
+
+
+@pytest.fixture(scope="module")
+def rows(tiny, tiny_llama):
+    examples = read_examples(str(tiny_llama.parent / "data.jsonl"))
+    return tokenise(examples, tiny[1], fields=("instruction", "response"), template="Q: {instruction}\nA: ", length=64)
+
+
+def test_the_prompt_is_masked_and_the_end_is_learnt(tiny, rows):
+    tokenizer = tiny[1]
+    row = rows[0]
+    learnt = [token for token in row["labels"] if token != IGNORED]
+    assert tokenizer.decode(learnt[:-1]) == "0 and 0 make 0. #### 0"
+    assert learnt[-1] == tokenizer.eos_token_id
+    hidden = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORED]
+    assert tokenizer.decode(hidden, skip_special_tokens=True) == "Q: 0 + 0 = ?\nA: "
+
+
+def test_an_example_whose_response_is_cut_off_is_left_out(tiny):
+    long = [{"instruction": "1 + " * 40, "response": "2"}, {"instruction": "1", "response": "2"}]
+    assert len(tokenise(long, tiny[1], fields=("instruction", "response"), template="{instruction}", length=16)) == 1
+
+
+def test_the_loss_is_that_of_transformers(tiny, rows):
+    model = tiny[0].to(torch.float32)
+    batch = collate(rows[:5], 0)
+    ours = token_losses(model(input_ids=batch["input_ids"]).logits, batch["labels"]) / count_tokens(batch["labels"])
+    torch.testing.assert_close(ours, model(**batch).loss, rtol=1e-5, atol=1e-6)
+    model.to(torch.float64)
+
+
+def test_the_mean_loss_is_that_of_numpy(tiny, rows):
+    model, total, count = tiny[0], 0.0, 0
+    for row in rows[:7]:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].numpy()
+        logits = logits - logits.max(axis=1, keepdims=True)
+        logs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        for at, label in enumerate(row["labels"][1:]):
+            if label != IGNORED:
+                total, count = total - logs[at, label], count + 1
+    found = mean_loss(model, rows[:7], size=3, padding=0, device=torch.device("cpu"))
+    assert found == pytest.approx(total / count, rel=1e-12)
+    assert evaluation.perplexity(found) == pytest.approx(math.exp(total / count))
+
+
+def test_packed_examples_do_not_see_each_other(tiny, rows):
+    model = tiny[0]
+    packed = pack(rows[:9], 96)
+    assert 1 < len(packed) < 9
+    assert all(len(row["input_ids"]) <= 96 for row in packed)
+    together = mean_loss(model, packed, size=2, padding=0, device=torch.device("cpu"))
+    alone = mean_loss(model, rows[:9], size=1, padding=0, device=torch.device("cpu"))
+    assert together == pytest.approx(alone, rel=1e-12)
+
+
+def test_two_ranks_see_what_one_sees_and_resuming_goes_on():
+    how = {"batch_size": 8, "steps": 7, "seed": 3}
+    one = list(Order(21, micro_batch=4, **how))
+    two = [list(Order(21, micro_batch=2, rank=rank, ranks=2, **how)) for rank in range(2)]
+    assert [a + b for a, b in zip(*two, strict=True)] == [one[i] for i in range(14)]
+    assert list(Order(21, micro_batch=4, first=3, **how)) == one[6:]
+    assert len(Order(21, micro_batch=4, first=3, **how)) == 8
+    epoch = [row for batch in one[:4] for row in batch]  # two steps of eight rows make an epoch of 21
+    assert len(set(epoch)) == 16
+    assert one[:4] != one[4:8]
+    with pytest.raises(UsageError, match="5 rows and a batch 8"):
+        Order(5, micro_batch=4, **how)
+
+
+def test_the_domains_are_apart():
+    old, new = small.old_domain(), small.new_domain()
+    for split in (old, new):
+        held_out = {json.dumps(example) for example in split.held_out}
+        assert held_out
+        assert len(split.train) > 5 * len(split.held_out)
+    assert all(example["instruction"].lstrip().startswith("def ") for example in new.train)
+
+
+# Answers
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("so 3 and 4 are 7", "7"),
+        ("first 5.\n#### 1,234", "1234"),
+        ("#### -3", "-3"),
+        ("it costs $12.50", "12.5"),
+        ("#### 8.00", "8"),
+        ("100", "100"),
+        ("no number", None),
+        ("5 is wrong\n#### none", None),
+        ("#### 6 apples, not 7", "6"),
+    ],
+)
+def test_answers_are_extracted(text, answer):
+    assert extract_answer(text) == answer
+
+
+def test_the_shipped_problems_have_one_answer_each():
+    examples = read_examples(str(ARITHMETIC))
+    assert len(examples) == 20
+    for example in examples:
+        working, answer = example["answer"].split("\n#### ")
+        assert extract_answer(working) == extract_answer(answer) == extract_answer(example["answer"]), example
+
+
+def test_exact_match_counts_right_answers(tiny, monkeypatch):
+    examples = read_examples(str(ARITHMETIC))
+    asked = []
+
+    def answer(model, tokenizer, prompts, *, max_new_tokens):
+        asked.extend(prompts)
+        said = {f"Q: {e['question']}\nA: ": e["answer"] for e in examples[:15]}
+        return [said.get(prompt, "I do not know") + "\nQ: another? 99" for prompt in prompts]
+
+    monkeypatch.setattr(evaluation, "generate", answer)
+    found = exact_match(*tiny, examples, fields=("question", "answer"), template="Q: {instruction}\nA: ")
+    assert len(asked) == len(found) == 20
+    assert [match.found == match.needed for match in found] == [True] * 15 + [False] * 5
+
+
+def test_generation_does_not_depend_on_what_stands_beside_it(tiny):
+    prompts = ["1 + 2 = ?", "3"]
+    both = evaluation.generate(*tiny, prompts, max_new_tokens=6)
+    assert both == [evaluation.generate(*tiny, [prompt], max_new_tokens=6)[0] for prompt in prompts]
+
+
+def test_the_command_measures_a_model(tiny_llama, tmp_path):
+    def invoke(*words):
+        return CliRunner().invoke(app, ["full", "eval", str(tiny_llama), "--data", *words], catch_exceptions=False)
+
+    numbers = tmp_path / "numbers.json"
+    found = invoke(str(ARITHMETIC), "--kind", "exact_match", "--samples", "3", "--length", "4", "--out", str(numbers))
+    assert found.exit_code == 0, found.output
+    assert "of 3)" in found.output
+    written = json.loads(numbers.read_text())
+    assert (written["examples"], len(written["answers"])) == (3, 3)
+    assert "perplexity" in invoke(str(tiny_llama.parent / "data.jsonl"), "--samples", "4").output
+    assert invoke(str(ARITHMETIC), "--kind", "bleu").exit_code == 3
+    with pytest.raises(UsageError, match="needs a question and an answer"):
+        measuring.measure(str(tiny_llama), str(ARITHMETIC), "exact_match", fields=("question",))
+
+
+# Settings
+
+
+@pytest.mark.parametrize("slug", ["lora", "lora_ga", "lora_pro", "lora_sb"])
+def test_unknown_values_are_marked_and_no_other(slug):
+    from loracle.toy_tasks.config import load_full
+
+    full, run = load_full(slug), resolve(slug, model="paper")
+    assert set(run.assumed) == {key for key in ASSUMED if getattr(full, key) == "unknown"}
+    for key in ASSUMED:
+        if key not in run.assumed and key != "seeds":
+            assert getattr(run, key) == getattr(full, key), key
+    assert run.options == full.options
+    assert "assumed" not in resolve(slug, model="paper", overrides=["lr=1e-3"]).assumed
+    assert resolve(slug).model == "small"
+
+
+def test_the_help_teaches():
+    for command in ("run", "plan", "eval", "export", "bench"):
+        found = CliRunner().invoke(app, ["full", command, "--help"])
+        assert found.exit_code == 0
+        assert f"loracle full {command}" in found.output
+
+
+def test_the_smoke_path_learns_python_and_forgets(tmp_path, monkeypatch):
+    """No model, no network, as a user types it; a much shorter pretraining and run than his."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(small, "STEPS", 6)
+    found = CliRunner().invoke(app, ["full", "run", "lora", "--steps", "6", "--cpu"], catch_exceptions=False)
+    assert found.exit_code == 0, found.output
+    for word in ("new domain", "old domain", "forgetting", "perplexity", "tokens/s", "peak memory", "prompt:"):
+        assert word in found.output
+    report = json.loads((tmp_path / "runs/full/lora/report.json").read_text())
+    assert report["loss_after"] < report["loss_before"]
+    assert report["forgetting"] == report["old_loss_after"] - report["old_loss_before"]
+    again = CliRunner().invoke(app, ["full", "run", "lora", "--steps", "6", "--cpu"], catch_exceptions=False)
+    assert again.exit_code == 3
+    assert isinstance(transformers.AutoConfig.from_pretrained("runs/small-llama"), transformers.LlamaConfig)

@@ -1,0 +1,136 @@
+"""The plan of a run's memory against what processes really used, and what it advises."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+pytest.importorskip("accelerate")
+pytest.importorskip("peft")
+
+from torch import nn
+
+from loracle.cli import app
+from loracle.toy_tasks import methods
+from loracle.toy_tasks.config import UsageError
+from loracle.toy_tasks.full_scale import memory
+from loracle.toy_tasks.full_scale.settings import resolve
+
+SHAPE = (192, 512, 3, 3, 4096)
+GIB = 2**30
+CASES = {
+    "lora": {},
+    "full": {},
+    "lora_pro": {},
+    "lora_ga": {},
+    "randlora": {},
+    "lora with checkpointing": {"gradient_checkpointing": True},
+    "lora in bf16": {"overrides": ["precision=bf16"]},
+    "lora with fewer rows": {"micro_batch": 3},
+}
+
+
+def make_run(name, **more):
+    how = {**CASES.get(name, {}), **more}
+    overrides = ["batch_size=6", "sequence_length=256", *how.pop("overrides", [])]
+    return resolve("lora", method=name.split()[0], overrides=overrides, **how)
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """Peaks of processes of their own, one for each case, in bytes."""
+    program = (
+        f"import json, sys; sys.path.append({os.path.dirname(__file__)!r}); from test_full_memory import CASES, SHAPE, make_run; "
+        "from loracle.toy_tasks.full_scale import bench; "
+        "print(json.dumps([bench.peak_alone(make_run(name), SHAPE, steps=2) for name in CASES]))"
+    )
+    # Freed memory goes back to the system at once, so that the process has what is in use and no more
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(CASES, json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_plan_is_what_was_measured(measured, name):
+    planned = memory.estimate(make_run(name), memory.known_config("any", SHAPE)).total
+    assert 0.8 < planned / measured[name] < 1.2, (planned / 2**20, measured[name] / 2**20)
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_what_a_method_adds_is_counted(method):
+    run = resolve("lora", method=method, overrides=["rank=4", "dropout=0"])
+    model = nn.Sequential()
+    for name, (inn, out) in {"q_proj": (24, 16), "k_proj": (16, 40)}.items():
+        model.add_module(name, nn.Linear(inn, out, bias=False))
+    before = {id(p) for p in model.parameters()}
+    from loracle.toy_tasks.full_scale import training
+
+    training.attach(run, model, training.stand_in_gradients(model))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    new = {t.data_ptr(): t.numel() for t in training.tensors_of(model).values() if id(t) not in before and not t.requires_grad}
+    frozen = sum(new.values()) - (16 * 24 + 40 * 16 if method in BASE_IS_COPIED else 0)
+    counts = [memory.added(method, *shape, 4, run.options) for shape in ((16, 24), (40, 16))]
+    assert sum(count.trained for count in counts) == trained
+    assert sum(count.frozen for count in counts) + memory.shared(method, [(16, 24), (40, 16)], 4) == frozen
+
+
+BASE_IS_COPIED = ("lora_ga",)  # with the start taken out of it; the original is gone
+
+
+def test_seven_billion_in_bf16():
+    config = memory.known_config("meta-llama/Llama-2-7b-hf")
+    run = resolve("lora_ga", method="lora", model="paper", micro_batch=1)
+    plan = memory.estimate(run, config)
+    assert plan.weights == 6_738_415_616 * 2
+    assert plan.trainable == 32 * 8 * (4 * 8192 + 3 * (4096 + 11008))
+    sharded = memory.estimate(dataclasses.replace(run, engine="fsdp"), config, ranks=4)
+    assert sharded.weights == plan.weights // 4
+    assert memory.fits(plan, 80 * GIB, cpu=False)
+    assert not memory.fits(plan, 14 * GIB, cpu=False)
+
+
+def test_advice_fits():
+    config = memory.known_config("meta-llama/Llama-2-7b-hf")
+    run = resolve("lora", model="paper", overrides=["sequence_length=1024"])
+    assert memory.advise(run, config, 2 * GIB, cpu=False) == []
+    for size in (10, 48):
+        lines = memory.advise(run, config, size * GIB, cpu=False)
+        assert lines, size
+        assert any("--checkpointing" in line for line in lines)
+    assert "fsdp" in memory.advise(run, config, 10 * GIB, cpu=False)[0]
+
+
+def invoke(*words):
+    return CliRunner().invoke(app, ["full", "plan", *words], catch_exceptions=False)
+
+
+def test_the_command_says_whether_it_fits():
+    fits = invoke("lora", "--model", "paper", "--memory", "80", "--micro-batch", "1")
+    assert fits.exit_code == 0
+    assert "It fits into 80.00 GiB" in fits.output
+    tight = invoke("lora", "--model", "paper", "--memory", "24", "--set", "sequence_length=1024")
+    assert tight.exit_code == 1
+    assert "would fit: " in tight.output
+    assert invoke("lora", "--shape", "1,2,3").exit_code == 3
+    assert invoke("randlora", "--shape", "64,128,2,2,256", "--memory", "1").exit_code == 0
+
+
+def test_a_pattern_that_matches_nothing():
+    with pytest.raises(UsageError, match=r"model\.layers.0.self_attn.q_proj"):
+        memory.estimate(resolve("lora", overrides=['target_modules=["query"]']), memory.known_config("any", SHAPE))
+
+
+def test_the_peak_is_that_since_the_reset():
+    device = torch.device("cpu")
+    memory.reset_peak_memory(device)
+    before = memory.peak_memory(device)
+    torch.ones(2**26)
+    assert memory.peak_memory(device) - before > 2**27
+    memory.reset_peak_memory(device)
+    assert memory.peak_memory(device) - before < 2**27

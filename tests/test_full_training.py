@@ -1,0 +1,120 @@
+"""Runs of a tiny model: methods, precision, resuming, loss, data."""
+
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+pytest.importorskip("peft")
+
+from loracle.toy_tasks import methods
+from loracle.toy_tasks.full_scale import checkpoints, training
+from loracle.toy_tasks.full_scale.settings import resolve
+
+SETTINGS = ["precision=float32", "batch_size=4", "rank=2", "alpha=4", "lr=1e-2", "sequence_length=40", "dropout=0", "weight_decay=0"]
+
+
+@pytest.fixture
+def make_run(tiny_llama):
+    """A run of the tiny model; keywords as of `resolve`, and overrides."""
+
+    def make(method="lora", *overrides, **how):
+        data = str(tiny_llama.parent / "data.jsonl")
+        given = {"model": str(tiny_llama), "data": data, "steps": 4, **how}
+        return resolve("lora", method=method, overrides=[*SETTINGS, *overrides], **given)
+
+    return make
+
+
+def final_tensors(out):
+    return checkpoints.load_tensors(checkpoints.find(out)[-1] / checkpoints.STATE)
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_a_method_lowers_the_loss(make_run, tmp_path, method):
+    outcome = training.train(make_run(method, steps=8), tmp_path, cpu=True)
+    assert outcome.loss_after < outcome.loss_before
+    assert 0 < outcome.trainable < outcome.parameters or method == "full"
+    assert outcome.tokens == sum(line.get("tokens", 0) for line in training.read_log(tmp_path)[-1:])
+    report = json.loads((tmp_path / training.REPORT).read_text())
+    assert report["run"]["method"] == method
+    assert (tmp_path / "figure.svg").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_adapters_are_float32_beside_a_bf16_base(make_run, tmp_path, method):
+    run = make_run(method, "precision=bf16", steps=2)
+    training.train(run, tmp_path, cpu=True)
+    weights = {name: t for name, t in final_tensors(tmp_path).items() if name.startswith("model.")}
+    assert weights
+    assert {t.dtype for t in weights.values()} == ({torch.bfloat16} if method == "full" else {torch.float32})
+
+
+def test_checkpointing_and_accumulation_change_no_weight_much(make_run, tmp_path):
+    training.train(make_run(), tmp_path / "plain", cpu=True)
+    training.train(make_run(micro_batch=1, gradient_checkpointing=True), tmp_path / "other", cpu=True)
+    for name, value in final_tensors(tmp_path / "plain").items():
+        torch.testing.assert_close(final_tensors(tmp_path / "other")[name], value, rtol=1e-3, atol=1e-4)
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("method", ["lora", "lora_ga", "lora_pro", "lora_sb", "randlora", "full"])
+def test_a_killed_run_ends_as_the_unbroken_one(make_run, tmp_path, method):
+    """Killed by SIGKILL at a random moment, resumed: the same bits in weights and moments."""
+    overrides = ["dropout=0.1"] if method in ("lora", "lora_ga", "lora_pro") else []
+    run = make_run(method, *overrides, steps=30)
+    training.train(run, tmp_path / "unbroken", save_every=4, cpu=True)
+    after = random.Random(method).randint(6, 24)
+    child = os.fork()
+    if child == 0:
+        try:
+            training.train(run, tmp_path / "killed", save_every=4, cpu=True, report=lambda stage, fraction, word="": time.sleep(0.005))
+        finally:
+            os._exit(1)
+    deadline = time.monotonic() + 120
+    log = tmp_path / "killed" / training.LOG
+    while not log.exists() or log.read_text().count("\n") <= after:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    kept = checkpoints.find(tmp_path / "killed")
+    assert len(kept) == 1
+    assert kept[0].name < "checkpoint-000030"
+    resumed = training.train(run, tmp_path / "killed", save_every=4, cpu=True)
+    whole, again = final_tensors(tmp_path / "unbroken"), final_tensors(tmp_path / "killed")
+    assert whole.keys() == again.keys()
+    for name, value in whole.items():
+        assert torch.equal(again[name], value), name
+    steps = [line["step"] for line in training.read_log(tmp_path / "killed")]
+    assert steps == list(range(31))
+    assert resumed.tokens == training.read_log(tmp_path / "unbroken")[-1]["tokens"]
+
+
+def test_resuming_without_the_optimizer_would_be_noticed(make_run, tmp_path):
+    run = make_run(steps=6)
+    training.train(run, tmp_path / "whole", save_every=3, cpu=True)
+    stop = KeyboardInterrupt
+
+    def interrupt(stage, fraction, word=""):
+        if stage == "training" and fraction > 0.6:
+            raise stop
+
+    with pytest.raises(stop):
+        training.train(run, tmp_path / "cut", save_every=3, cpu=True, report=interrupt)
+    [folder] = checkpoints.find(tmp_path / "cut")
+    assert folder.name == "checkpoint-000003"
+    tensors = checkpoints.load_tensors(folder / checkpoints.STATE)
+    for name in tensors:
+        if name.endswith("exp_avg"):
+            tensors[name].zero_()
+    checkpoints.save_tensors(tensors, folder / checkpoints.STATE)
+    training.train(run, tmp_path / "cut", save_every=3, cpu=True)
+    assert any(not torch.equal(final_tensors(tmp_path / "cut")[name], value) for name, value in final_tensors(tmp_path / "whole").items())

@@ -1,0 +1,78 @@
+"""Evaluation of a run or of any model: what `loracle full eval` does."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import UsageError, nearest
+from ..records import write_atomically
+from . import checkpoints
+from .data import find_fields, read_examples, tokenise
+from .evaluation import exact_match, mean_loss, perplexity
+from .exports import load_trained
+from .training import Report, load_model, silent
+
+KINDS = ("perplexity", "exact_match")
+TEMPLATE, LENGTH, ANSWER = "Q: {instruction}\nA: ", 1024, 256
+
+
+def load_any(target: str, *, cache: Path | None = None) -> tuple[Any, Any, str, int]:
+    """Model, tokenizer, prompt template and row length of a run's folder, a model's folder or a hub id."""
+    if checkpoints.find(Path(target)):
+        trained = load_trained(Path(target), cache=cache)
+        return trained.model, trained.tokenizer, trained.run.template, trained.run.sequence_length
+    model, tokenizer = load_model(target, torch.float32)
+    return model.eval(), tokenizer, TEMPLATE, LENGTH
+
+
+def measure(
+    target: str,
+    data: str,
+    kind: str,
+    *,
+    fields: tuple[str, ...] | None = None,
+    template: str | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    out: Path | None = None,
+    report: Report = silent,
+    cache: Path | None = None,
+) -> str:
+    """Measure, write the numbers to `out` if given, and say them in a line.
+
+    Raises:
+        UsageError: the kind, the data, a field or the target is wrong.
+    """
+    if kind not in KINDS:
+        raise UsageError(f"the kind of evaluation is {kind!r}; {nearest(kind, KINDS)}")
+    examples = read_examples(data, samples=samples)
+    found = find_fields(examples, fields or (), data)
+    model, tokenizer, own_template, own_length = load_any(target, cache=cache)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    if kind == "perplexity":
+        rows = tokenise(examples, tokenizer, fields=found, template=template or own_template, length=length or own_length)
+        loss = mean_loss(model, rows, size=8, padding=tokenizer.pad_token_id, device=device)
+        numbers: dict[str, Any] = {"loss": loss, "perplexity": perplexity(loss), "examples": len(rows)}
+        said = f"perplexity {numbers['perplexity']:.3f} (mean loss {loss:.4f} per token, {len(rows)} examples)"
+    else:
+        if len(found) != 2:
+            raise UsageError(f"exact_match needs a question and an answer; {data} was read as {', '.join(found)}")
+        answers = exact_match(
+            model,
+            tokenizer,
+            examples,
+            fields=(found[0], found[1]),
+            template=template or own_template,
+            max_new_tokens=length or ANSWER,
+            tick=lambda fraction: report("answering", fraction, f"{len(examples)} questions"),
+        )
+        right = sum(match.found == match.needed for match in answers)
+        numbers = {"exact_match": right / len(answers), "right": right, "examples": len(answers)}
+        numbers["answers"] = [match._asdict() for match in answers]
+        said = f"exact match {100 * right / len(answers):.1f} % ({right} of {len(answers)})"
+    if out is not None:
+        write_atomically(out, json.dumps({"target": target, "data": data, "kind": kind, **numbers}, indent=1))
+    return said
