@@ -143,9 +143,9 @@ def compare(shape: tuple[int, int], input_gradient: bool, device: str) -> dict[s
         return call
 
     measured = {
-        "forward_seconds": quickest(*map(forward, pair), device=device),
+        **({} if input_gradient else {"forward_seconds": quickest(*map(forward, pair), device=device)}),
         "forward_and_backward_seconds": quickest(*map(both, pair), device=device),
-        "forward_peak_bytes": [peak(forward(layer), device) for layer in pair],
+        **({} if input_gradient else {"forward_peak_bytes": [peak(forward(layer), device) for layer in pair]}),
         "forward_and_backward_peak_bytes": [peak(both(layer), device) for layer in pair],
         "kept_bytes": [kept(layer, x) for layer in pair],
     }

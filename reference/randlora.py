@@ -143,7 +143,7 @@ def normalise(base: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """A base divided by the unbiased standard deviation of all its entries; in half precision computed in float32.
 
     Raises:
-        ValueError: `base` is not floating point or not finite, or all its entries are equal.
+        ValueError: `base` is not floating point, an entry is NaN or infinite, or all entries are equal.
     """
     check_shapes(base=(base, "..."))
     check_finite(base=base)
