@@ -273,7 +273,7 @@ def restore(
     """The pretrained weight W0 (out, in), up to rounding, from the residual and the diagonal `z` that it was made with.
 
     That is the start of z, or the pivots without `preserve`; the scaling is the one of the start. Disabling or removing the adapter
-    has to give this, not the residual. Raises as `merge`.
+    has to give this, not the residual. Raises ValueError as `merge` does, for NaN and infinite entries too.
     """
     return merge(W_base, U, z, L, P, scaling)
 
