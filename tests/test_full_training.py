@@ -72,7 +72,7 @@ def test_a_compiled_run_is_the_plain_one(make_run, tmp_path):
         training.train(run, tmp_path / name, cpu=True)
     for name, value in final_tensors(tmp_path / "plain").items():
         torch.testing.assert_close(final_tensors(tmp_path / "compiled")[name], value, rtol=1e-4, atol=1e-6)
-        assert not name.endswith(".B") or value.abs().max() > 1e-3
+        assert not name.endswith(".B") or value.abs().max() > 1e-4  # a hundred times the tolerance
 
 
 # Resuming
