@@ -28,7 +28,6 @@ Where the public codes differ (`PaulAlbert31/RandLoRA` with four sub-projects, `
 """
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -36,7 +35,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ._adapters import replace_linears
+from ._adapters import matching_linears, replace_linears
 from ._checks import check_choice, check_finite, check_rank, check_shapes
 from ._linalg import working
 from ._paper import Paper
@@ -144,7 +143,7 @@ def normalise(base: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """A base divided by the unbiased standard deviation of all its entries; in half precision computed in float32.
 
     Raises:
-        ValueError: `base` is not floating point or not finite, or all its entries are equal.
+        ValueError: `base` is not floating point, an entry is NaN or infinite, or all entries are equal.
     """
     check_shapes(base=(base, "..."))
     check_finite(base=base)
@@ -458,9 +457,7 @@ def adapt_model(
     Raises:
         ValueError: no layer's name matches, or as `draw_bases` and `RandLoRALinear` do.
     """
-    found = [m for name, m in model.named_modules() if type(m) is nn.Linear and re.fullmatch(pattern, name)]
-    if not found:
-        return replace_linears(model, pattern, lambda linear: linear)  # raises, and tells the names that exist
+    found = matching_linears(model, pattern).values()
     pair = BasePair(*draw_bases([m.weight for m in found], rank=rank, kind=kind, generator=generator))
     return replace_linears(model, pattern, lambda linear: RandLoRALinear(linear, pair, **options))
 

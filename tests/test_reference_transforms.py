@@ -8,7 +8,7 @@ from loracle.oracle_tests.contract import contract, papers
 from loracle.oracle_tests.loading import load
 
 SIZES = {"out": 5, "in": 4, "rank": 2, "...": (3,), "blocks": 3, "block_rank": 2, "in_block": 4, "out_block": 5}
-SIZES |= {"bases": 2, "small": 4, "large": 5}
+SIZES |= {"bases": 2, "small": 4, "large": 5, "shared_bases": 3, "shared_small": 6, "shared_large": 7}
 
 # Set-up functions draw, count, or check values, as their description says; they run once per layer and need no transform
 SET_UP = ("init", "draw", "fit", "merge", "unmerge", "num", "scaling")
@@ -65,6 +65,8 @@ each_hot_function = pytest.mark.parametrize(("paper", "name"), HOT, ids=[f"{pape
 with_and_without_options = pytest.mark.parametrize("options", [False, True], ids=["plain", "options"])
 
 
+# torch's compiler itself instantiates a torch.autograd.Function, and warns of that
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @each_hot_function
 @with_and_without_options
 def test_compiles_as_one_graph(paper, name, options):

@@ -346,3 +346,39 @@ def test_settings_that_do_not_fit_are_refused(override):
 def test_published_results_were_made_with_the_settings_of_today(published):
     assert published.config == dataclasses.asdict(experiment.load("compare")[1])
     assert not published.quick
+
+
+def test_what_the_page_says_in_words_was_measured(published):
+    """Each bullet of "What we learn"; if one fails after a new run, the page has to say something else."""
+    metrics = published.metrics
+
+    def verdicts(part, regime):
+        sign = compare.SHOWN[part][3]
+        names = compare.find_labels(published)
+        found = {name: f"{part}.{compare.find_variant(published, part, regime, name)}.{compare.SHOWN[part][1]}" for name in names}
+        return {name: compare._verdict(metrics[key].difference, sign) for name, key in found.items() if name != "lora"}
+
+    layer, digits = verdicts("layer", "equal count"), verdicts("digits", "equal count")
+    assert {name for name, verdict in layer.items() if verdict == "better"} == {"full"}
+    assert {name for name, verdict in digits.items() if verdict == "better"} == {"full", "lora_ga", "lora_pro", "lora_sb", "randlora"}
+    assert {name for name, verdict in layer.items() if verdict == "-"} == {"allora", "lora_ga_gamma_1000", "lora_pro", "nlora"}
+    for lead in ("lora_ga", "lora_pro", "lora_sb_equal_count"):
+        assert 0.04 < metrics[f"digits.{lead}.turned"].difference.mean < 0.06
+    assert metrics["layer.lora_ga.loss"].mean > 3 * metrics["layer.lora.loss"].mean
+    assert digits["lora_ga_gamma_1000"] == "-"
+    assert layer["nlora_residual"] == "worse"
+    assert metrics["layer.nlora_residual.loss"].difference.mean < 0.03
+    assert digits["nlora"] == "worse"
+    for frozen in ("lora_sb_equal_count", "randlora_equal_count"):
+        assert metrics[f"layer.{frozen}.loss"].mean > 0.45
+    assert constant(published, "layer.block_lora_equal_count.rank") == 8
+    assert metrics["layer.loldu_equal_count.loss"].mean > 0.95
+    assert constant(published, "digits.loldu_equal_count.parameters") * 16 == constant(published, "digits.lora.parameters")
+    assert metrics["digits.loldu_equal_count.turned"].mean > 0.7
+    told_apart = [
+        name
+        for name, m in metrics.items()
+        if name.endswith("forgetting") and m.difference and not m.difference.low <= 0 <= m.difference.high
+    ]
+    assert told_apart == ["digits.loldu_equal_count.forgetting", "digits.lora_pro.forgetting"]
+    assert [round(find(metrics["digits.lora.forgetting"].values), 1) for find in (min, max)] == [0.3, 0.9]

@@ -176,6 +176,7 @@ def factors_fit(module):
     good = {"gammas": _randn(2, 3), "A": _randn(2, 3), "lambdas": _randn(2, 2), "B": _randn(5, 2, 2), "scaling": 1.0}
     for W in (_randn(3, 5), _randn(5, 3)):
         module.merge(W, **good)
+        refuses(module.merge, "W0", _randn(5), **good)
         for wrong in (W[:, :2], W[:2], _randn(4, 4)):
             refuses(module.merge, "W0", wrong, **good)
             refuses(module.gradients, "G", wrong, **good)
@@ -268,6 +269,16 @@ def backward_in_place(module):
             assert torch.equal(a, b)
             assert torch.allclose(a, c)
         assert all(torch.equal(a, b) for a, b in zip(kept, tensors, strict=True))
+
+
+@promise("Each tensor gets its gradient also where no other asks for one.", of="_ThroughBase")
+def each_gradient_alone(module):
+    for wide in (False, True):
+        tensors = _tensors(wide)
+        together = torch.autograd.grad(module.forward(*tensors, 1.5).sin().sum(), tensors)
+        for i, want in enumerate(together):
+            alone = [t.detach().requires_grad_(j == i) for j, t in enumerate(tensors)]
+            assert torch.allclose(torch.autograd.grad(module.forward(*alone, 1.5).sin().sum(), alone[i])[0], want)
 
 
 @promise(

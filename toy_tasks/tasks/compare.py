@@ -176,10 +176,11 @@ def entrants() -> dict[str, Entrant]:
     """All that is compared, by name: LoRA, full fine-tuning, then every method as its `compared` says."""
     found = {}
     for slug in sorted(names(), key=lambda slug: (slug != BASELINE, slug != REFERENCE, slug)):
-        title = "full fine-tuning" if slug == REFERENCE else None
+        # A method without a row need not have a paper
+        title = "full fine-tuning" if slug == REFERENCE else ""
         for name, options in make(slug).compared.items():
             title = title or importlib.import_module(f"{REFERENCE_ROOM}.{slug}").PAPER.name
-            label = ", ".join(filter(None, (title, name.replace("_", " "))))
+            label = f"{title} ({name.replace('_', ' ')})" if name else title
             found["_".join(filter(None, (slug, name)))] = Entrant(label, make(slug, options))
     return found
 

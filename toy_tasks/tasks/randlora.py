@@ -194,12 +194,14 @@ class _Race:
         return run._replace(losses=run.losses / run.losses[:, :1])
 
     def ranks(self, stack: Stack, params: Params) -> list[float]:
-        """Singular values of the update above a thousandth of the largest."""
+        """Singular values of the update above a thousandth of the largest; not a number where training diverged."""
         unit_vectors = torch.eye(self.config.side).expand(len(self.problem.layers), -1, -1)
         weights = stack(params, unit_vectors.to(self.problem.x)).mT.detach().cpu()
         updates = weights - torch.stack([layer.weight.detach() for layer in self.problem.layers])
-        values = torch.linalg.svdvals(updates.double())
-        return [float(n) for n in (values > 1e-3 * values[:, :1]).sum(dim=1)]
+        sound = updates.isfinite().all(dim=(1, 2))
+        values = torch.linalg.svdvals(updates.double().where(sound[:, None, None], 0.0))
+        found = (values > 1e-3 * values[:, :1]).sum(dim=1)
+        return [float(n) for n in torch.where(sound, found.double(), torch.nan)]
 
 
 def run_spectra(config: Config, trial: Trial) -> Measurements:
