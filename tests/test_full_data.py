@@ -15,7 +15,8 @@ pytest.importorskip("peft")
 import transformers
 
 from loracle.cli import app
-from loracle.toy_tasks.config import UsageError
+from loracle.toy_tasks import methods
+from loracle.toy_tasks.config import CONFIGS, UsageError
 from loracle.toy_tasks.full_scale import evaluation, measuring, small, training
 from loracle.toy_tasks.full_scale.data import IGNORED, Order, collate, pack, read_examples, tokenise
 from loracle.toy_tasks.full_scale.evaluation import count_tokens, exact_match, extract_answer, mean_loss, token_losses
@@ -175,18 +176,38 @@ def test_the_command_measures_a_model(tiny_llama, tmp_path):
 # Settings
 
 
-@pytest.mark.parametrize("slug", ["lora", "lora_ga", "lora_pro", "lora_sb"])
+GIVEN = "any/model"  # several papers do not say which
+SLUGS = [slug for slug in methods.names() if (CONFIGS / f"{slug}.toml").exists()]
+
+
+@pytest.mark.parametrize("slug", SLUGS)
 def test_unknown_values_are_marked_and_no_other(slug):
     from loracle.toy_tasks.config import load_full
 
-    full, run = load_full(slug), resolve(slug, model="paper")
-    assert set(run.assumed) == {key for key in ASSUMED if getattr(full, key) == "unknown"}
+    full = load_full(slug)
+    given = {"precision": "bf16"} if full.precision == "fp16" else {}  # which is refused, and the message says why
+    run = resolve(slug, model=GIVEN, data=GIVEN, overrides=[f"{key}={value}" for key, value in given.items()])
+    in_options = {"options"} if "unknown" in full.options.values() else set()
+    assert set(run.assumed) == {key for key in ASSUMED if getattr(full, key) == "unknown"} | in_options
+    # What stands in the place of an unknown option is the method's default
+    assert methods.make(slug, run.options) == methods.make(slug, {key: value for key, value in full.options.items() if value != "unknown"})
     for key in ASSUMED:
-        if key not in run.assumed and key != "seeds":
+        if key not in run.assumed and key != "seeds" and key not in given:
             assert getattr(run, key) == getattr(full, key), key
-    assert run.options == full.options
-    assert "assumed" not in resolve(slug, model="paper", overrides=["lr=1e-3"]).assumed
+    assert in_options or run.options == full.options
+    assert "lr" not in resolve(slug, model=GIVEN, data=GIVEN, overrides=["lr=1e-3", "precision=bf16"]).assumed
     assert resolve(slug).model == "small"
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_a_papers_own_options_go_into_the_small_model(slug):
+    from transformers import LlamaForCausalLM
+
+    run, model = resolve(slug), LlamaForCausalLM(small.config())
+    _, added, touched = training.attach(run, model, training.stand_in_gradients(model))
+    assert len(added) >= len(run.target_modules) * small.LAYERS
+    assert {id(p) for p in added} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert touched
 
 
 def test_the_help_teaches():

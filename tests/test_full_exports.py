@@ -117,7 +117,7 @@ def test_a_randlora_that_peft_cannot_pair_says_why_and_is_merged(tiny_llama, tmp
         assert made == kind
         if kind == "merged":
             assert "its layers have 3 and 5 terms" in why
-            with pytest.raises(UsageError, match="3 and 5 terms.*use --kind merged"):
+            with pytest.raises(UsageError, match=r"3 and 5 terms.*use --kind merged"):
                 exports.export(out, tmp_path / "adapter", "peft")
             reloaded = pretrained(to)
         else:  # the terms of rank 1 are in the same order for any number of them, and have scalings of their own

@@ -134,3 +134,17 @@ def test_the_peak_is_that_since_the_reset():
     assert memory.peak_memory(device) - before > 2**27
     memory.reset_peak_memory(device)
     assert memory.peak_memory(device) - before < 2**27
+
+
+def test_the_bench_command(tmp_path):
+    out = tmp_path / "bench.json"
+    sizes = ["--shape", "64,128,1,2,2048", "--sequence", "64", "--rows", "2", "--rank", "2", "--steps", "1", "--rounds", "1"]
+    done = CliRunner().invoke(app, ["full", "bench", "lora", *sizes, "--cpu", "--out", str(out)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    found = json.loads(out.read_text())
+    assert [one["method"] for one in found["methods"]] == ["peft_lora", "lora"]
+    assert found["methods"][0]["relative_speed"] == found["methods"][0]["relative_memory"] == 1
+    for one in found["methods"]:
+        assert one["trainable"] == 2 * (4 * 128 + 3 * 192)
+        assert min(one["tokens_per_second"], one["relative_speed"], one["peak_memory_bytes"], one["relative_memory"]) > 0
+        assert one["method"] in done.output

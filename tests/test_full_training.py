@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -60,6 +61,18 @@ def test_checkpointing_and_accumulation_change_no_weight_much(make_run, tmp_path
     training.train(make_run(micro_batch=1, gradient_checkpointing=True), tmp_path / "other", cpu=True)
     for name, value in final_tensors(tmp_path / "plain").items():
         torch.testing.assert_close(final_tensors(tmp_path / "other")[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU, and there is no g++")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # of the compiler's own modules
+def test_a_compiled_run_is_the_plain_one(make_run, tmp_path):
+    for name in ("plain", "compiled"):
+        overrides = ["optimizer=sgd", "lr=10", "schedule=constant_with_warmup", "warmup_ratio=0"]
+        run = make_run("lora", *overrides, steps=1, compile=name == "compiled")
+        training.train(run, tmp_path / name, cpu=True)
+    for name, value in final_tensors(tmp_path / "plain").items():
+        torch.testing.assert_close(final_tensors(tmp_path / "compiled")[name], value, rtol=1e-4, atol=1e-6)
+        assert not name.endswith(".B") or value.abs().max() > 1e-4  # a hundred times the tolerance
 
 
 # Resuming

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..config import UsageError
 from ..records import write_json
 from .engine import Engine
 from .evaluation import token_losses
@@ -173,6 +174,8 @@ def measure(
         for run in runs:
             report("memory", len(peaks) / len(runs), run.method)
             peaks.append(peak_alone(run, shape))
+        if not min(peaks):
+            raise UsageError(f"--shape {','.join(map(str, shape))} is too small for its memory to be measured; give a larger one")
         seconds, ready = _in_turns(runs, shape, steps, rounds, device, report)
     tokens = runs[0].rows_at_once() * runs[0].sequence_length
     found = []

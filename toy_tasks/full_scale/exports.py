@@ -138,8 +138,7 @@ def unpaired(trained: Trained) -> str | None:
 def write_randlora(trained: Trained, to: Path) -> str:
     """An adapter in PEFT's RandLoRA format, with its bases, B in the order in which PEFT reads it. Returns its rank in words.
 
-    PEFT itself writes the bases once for each layer, 40 GB for 7 billion weights, and warns when it reads them once. Its layers
-    share them all the same.
+    PEFT itself writes the bases once more for each layer, and warns when they are not there. Its layers share one pair all the same.
     """
     from peft import RandLoraConfig
 
@@ -161,7 +160,7 @@ def write_randlora(trained: Trained, to: Path) -> str:
     tensors = {f"model.{name}.randlora_lambda": layer.lambdas.mT * (layer.scaling / first.scaling) for name, layer in layers.items()}
     tensors |= {f"model.{name}.randlora_gamma": layer.gammas for name, layer in layers.items()}
     _write_adapter(to, config, {**tensors, "randlora_A": A[:, None], "randlora_B": B})
-    return f"RandLoRA of basis rank {rank}, with its bases; PEFT will warn that each layer's own copy of them is missing, which its layers do not need"
+    return f"RandLoRA of basis rank {rank}, with its bases once; PEFT warns that each layer's copy of them is missing, and needs none"
 
 
 def _write_adapter(to: Path, config: Any, tensors: Mapping[str, Tensor]) -> None:

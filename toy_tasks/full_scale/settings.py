@@ -124,7 +124,7 @@ def resolve(
     Raises:
         UsageError: a file, method, key or value is wrong, or the model or data is unknown and was not given.
     """
-    from ..methods import names
+    from ..methods import make, names
 
     full, slug = _read(source)
     chosen = method or slug
@@ -150,6 +150,10 @@ def resolve(
         raise UsageError("the small data goes with the small model only; give a hub id or a JSONL file with --data")
     # A baseline starts from the same settings; the options belong to the paper's own method
     options = values["options"] if chosen == slug or "options" in given else {}
+    if "unknown" in options.values():
+        own = make(chosen)
+        options = {key: getattr(own, key, value) if value == "unknown" else value for key, value in options.items()}
+        unknown.append("options")
     changed = sorted({*small, *given} | {key for key in ("model", "data") if values[key] != getattr(full, key)})
     names_of_run = {field.name for field in dataclasses.fields(Run)}
     table = {key: value for key, value in values.items() if key in names_of_run} | {

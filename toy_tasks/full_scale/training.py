@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -368,8 +368,8 @@ def train(
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parameters = model.num_parameters()
     called = engine.prepare(model, prepared.whole)
-    if run.compile:
-        called.compile()
+    if run.compile:  # for training: evaluation has batches of other shapes, each of which would be compiled anew
+        called = cast("nn.Module", torch.compile(called))
     optimizer = make_optimizer(run, prepared.method, model)
     steps = count_steps(run, len(texts.train))
     scheduler = make_schedule(run, optimizer, steps)
