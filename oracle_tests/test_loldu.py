@@ -960,6 +960,7 @@ def test_dependent_columns(case):
     r" \begin{pmatrix} \epsilon & 1 \\ 0 & 1 - 1/\epsilon \end{pmatrix}; \quad \text{with pivoting } |L| \le 1",
     tolerance=8,
     cases=st.sampled_from([2.0**-10, 2.0**-20, 2.0**-30]).map(lambda tiny: Large(np.array([[tiny, 1.0], [1.0, 1.0]]))),
+    examples=3,
 )
 def test_pivoting_bounds_the_factors(case):
     tiny = case.W0[0, 0]
