@@ -157,8 +157,9 @@ def delta_weight_features(
 ) -> Float[Tensor, "out in"]:
     """The update (out, in) if blocks were cut along the features, the reading that is not the default here.
 
-    Then B is the blocks one below the other, and the input is cut into as many pieces that share A: Delta W = s [B_1; ...; B_b]
-    [A, ..., A]. It has rank up to `rank`, stores as many numbers as the default, and sees of x only the sum of its pieces.
+    Then B is the blocks one below the other, and the input is cut into as many pieces, which share A: Delta W is s times that tall
+    matrix times a row of copies of A. It has rank up to `rank`, stores as many numbers as the default, and sees of x only the sum
+    of its pieces.
     """
     check_shapes(A=(A, "rank in_block"), B=(B, "blocks out_block rank"))
     # out = blocks * out_block, in = blocks * in_block; A x = A_s sum_j x_j
