@@ -110,7 +110,7 @@ def laws(slug: str) -> None:
     stated = [law for law in laws_of(slug) if not law.is_theorem]
     rows = []
     for law in stated:
-        formula = law.formula.replace(r"\|", r"\Vert ").replace("|", r"\vert ")
+        formula = law.formula.replace(r"\|", r"\Vert ").replace("|", r"\vert ").strip()
         kills = sum(law.id in row["killed_by"] for row in measured.values())
         rows.append([f"`{law.id}`", f"{law.says}<br>${formula}$", kills if measured else "-"])
     table(["Law", "Statement", "Mistakes it notices"], rows)
