@@ -333,11 +333,13 @@ class _Adapter(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep what `backward` reads."""
         *tensors, ctx.eta, ctx.kind = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the arguments of `forward`, None for those that are frozen or no tensors."""
         x, A, B = ctx.saved_tensors
         # d comes from the A and B of this very pass, as a constant: nothing is differentiated through it
         grad_A, grad_B = _factor_gradients(grad_y, x, A, B, ctx.eta, ctx.kind)

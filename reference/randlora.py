@@ -231,11 +231,13 @@ class _ThroughBase(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep what `backward` reads."""
         ctx.save_for_backward(*inputs[:4])
         ctx.scaling, ctx.turned = inputs[4:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the arguments of `forward`, None for those that are frozen or no tensors."""
         (x, gammas, A, lambdas), (grad_z,), scaled = ctx.saved_tensors, grads, ctx.scaling * ctx.saved_tensors[3]
         grad_x = grad_A = None
         if ctx.needs_input_grad[0]:
