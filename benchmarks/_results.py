@@ -1,7 +1,9 @@
 """Where measured times are kept, for the page of the site that shows them: results/NAME.json."""
 
 import json
+import math
 import platform
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,16 @@ def write(name: str, measured: dict[str, Any], *, device: str = "cpu") -> None:
     print(f"written to {path}")
 
 
-def promise(says: str, found: float, limit: float, unit: str = "") -> dict[str, Any]:
-    """One number that has a limit, printed and to be written."""
-    print(f"{says}: {found:.3g}{unit} (at most {limit:g}{unit})")
-    return {"says": says, "found": found, "limit": limit, "unit": unit}
+def promise(says: str, found: float, limit: float, unit: str = "", between: tuple[float, float] | None = None) -> dict[str, Any]:
+    """One number that has a limit, printed and to be written; `between` is a 95 % interval of it, where the noise matters."""
+    noise = f", between {between[0]:.4g} and {between[1]:.4g}" if between else ""
+    print(f"{says}: {found:.3g}{unit}{noise} (at most {limit:g}{unit})")
+    return {"says": says, "found": found, "limit": limit, "unit": unit, **({"between": between} if between else {})}
+
+
+def median_ratio(ours: list[float], theirs: list[float]) -> tuple[float, tuple[float, float]]:
+    """The median of ratios of times that were taken in pairs, and its 95 % interval, from the ratios' order alone."""
+    ratios = sorted(one / other for one, other in zip(ours, theirs, strict=True))
+    # As many ratios lie below the true median as heads in n throws: n / 2 with standard deviation sqrt(n) / 2
+    first = max(0, math.floor(len(ratios) / 2 - 0.98 * math.sqrt(len(ratios))))
+    return statistics.median(ratios), (ratios[first], ratios[-1 - first])

@@ -2,17 +2,18 @@
 
 python benchmarks/randlora.py [--cuda]
 
-Both layers have the same shape, basis rank and input. Calls alternate and the least time of each is compared: on a CPU the
-processor time of the one thread, which other programs disturb little. *Peak* is the most memory that tensors made during the
-call hold at once, gradients included; *kept* is what the graph keeps between forward and backward beyond parameters, bases and
-the input. On a CPU both are counted storage by storage as operators make them; with a GPU the peak is the allocator's. Numbers
-below 1 are in our favour.
+Both layers have the same shape, basis rank and input. Calls alternate, and the ratio of times is the median of those of the rounds,
+since clock rates drift: on a CPU of the processor time of the one thread, which other programs disturb little. *Peak* is the
+most memory that tensors made during the call hold at once, gradients included; *kept* is what the graph keeps between forward
+and backward beyond parameters, bases and the input. On a CPU both are counted storage by storage as operators make them; with a
+GPU the peak is the allocator's. Numbers below 1 are in our favour.
 """
 
 import sys
 import time
 import weakref
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import _results
@@ -74,11 +75,11 @@ def layers(shape: tuple[int, int], device: str) -> tuple[nn.Module, nn.Module]:
     return ours, theirs
 
 
-def quickest(*calls: Callable[[], None], device: str) -> list[float]:
-    """Least seconds of each call; the calls alternate, and so does which of them comes first."""
+def seconds(*calls: Callable[[], None], device: str) -> list[list[float]]:
+    """Seconds of each call in every round; the calls alternate, and so does which of them comes first."""
     times: list[list[float]] = [[] for _ in calls]
     for i in range(ROUNDS):
-        for call, seconds in list(zip(calls, times, strict=True))[:: (-1) ** i]:
+        for call, taken in list(zip(calls, times, strict=True))[:: (-1) ** i]:
             if device == "cuda":
                 torch.cuda.synchronize()
             clock = time.perf_counter if device == "cuda" else time.thread_time
@@ -86,8 +87,8 @@ def quickest(*calls: Callable[[], None], device: str) -> list[float]:
             call()
             if device == "cuda":
                 torch.cuda.synchronize()
-            seconds.append(clock() - start)
-    return [min(seconds) for seconds in times]
+            taken.append(clock() - start)
+    return times
 
 
 def kept(layer: nn.Module, x: torch.Tensor) -> int:
@@ -142,9 +143,13 @@ def compare(shape: tuple[int, int], input_gradient: bool, device: str) -> dict[s
 
         return call
 
-    measured = {
-        **({} if input_gradient else {"forward_seconds": quickest(*map(forward, pair), device=device)}),
-        "forward_and_backward_seconds": quickest(*map(both, pair), device=device),
+    times = {
+        **({} if input_gradient else {"forward_seconds": seconds(*map(forward, pair), device=device)}),
+        "forward_and_backward_seconds": seconds(*map(both, pair), device=device),
+    }
+    ratios = {name: _results.median_ratio(*rounds) for name, rounds in times.items()}
+    measured: dict[str, list[float]] = {
+        **{name: [median(taken) for taken in rounds] for name, rounds in times.items()},
         **({} if input_gradient else {"forward_peak_bytes": [peak(forward(layer), device) for layer in pair]}),
         "forward_and_backward_peak_bytes": [peak(both(layer), device) for layer in pair],
         "kept_bytes": [kept(layer, x) for layer in pair],
@@ -154,7 +159,8 @@ def compare(shape: tuple[int, int], input_gradient: bool, device: str) -> dict[s
     for name, (ours, theirs) in measured.items():
         if ours or theirs:
             says = f"{name.rpartition('_')[0].replace('_', ' ')} of PEFT's, {which}"
-            promises.append(_results.promise(says, ours / theirs if theirs else float("inf"), 1.0))
+            found, between = ratios.get(name, (ours / theirs if theirs else float("inf"), None))
+            promises.append(_results.promise(says, found, 1.0, between=between))
     return {"shape": list(shape), "input_gradient": input_gradient, "ours_and_peft": measured, "promises": promises}
 
 

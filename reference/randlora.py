@@ -226,7 +226,7 @@ class _ThroughBase(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, gammas: Tensor, A: Tensor, lambdas: Tensor, scaling: float, turned: bool) -> Tensor:
-        stacked = _stacked(gammas, A, scaling * lambdas)
+        stacked = _stacked(gammas, A, lambdas, scaling)
         return x @ (stacked if turned else stacked.mT)
 
     @staticmethod
@@ -238,11 +238,14 @@ class _ThroughBase(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the arguments of `forward`, None for those that are frozen or no tensors."""
-        (x, gammas, A, lambdas), (grad_z,), scaled = ctx.saved_tensors, grads, ctx.scaling * ctx.saved_tensors[3]
+        (x, gammas, A, lambdas), (grad_z,) = ctx.saved_tensors, grads
         grad_x = grad_A = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_z @ (_stacked(gammas, A, scaled).mT if ctx.turned else _stacked(gammas, A, scaled))
+            stacked = _stacked(gammas, A, lambdas, ctx.scaling)
+            grad_x = grad_z @ (stacked.mT if ctx.turned else stacked)
+            del stacked  # before g, which is as large
         g = (x.mT @ grad_z if ctx.turned else grad_z.mT @ x).view(*lambdas.shape, -1)
+        scaled = ctx.scaling * lambdas
         if ctx.needs_input_grad[2]:  # not in training, where the base is frozen
             grad_A = torch.einsum("jki,jk,ji->ki", g, scaled, gammas)
         # Where nothing will be differentiated again, g is this function's own
@@ -250,9 +253,9 @@ class _ThroughBase(torch.autograd.Function):
         return grad_x, grad_gammas, grad_A, ctx.scaling * grad_lambdas, None, None
 
 
-def _stacked(gammas: Tensor, A: Tensor, lambdas: Tensor) -> Tensor:
-    """A~ (bases rank, small): the rows lambda_jk A_k gamma_j, term by term."""
-    return (lambdas[:, :, None] * A * gammas[:, None, :]).flatten(0, 1)
+def _stacked(gammas: Tensor, A: Tensor, lambdas: Tensor, scaling: float = 1.0) -> Tensor:
+    """s A~ (bases rank, small): the rows s lambda_jk A_k gamma_j, term by term."""
+    return (scaling * lambdas[:, :, None] * A * gammas[:, None, :]).flatten(0, 1)
 
 
 def _of_diagonals(product: Tensor, gammas: Tensor, lambdas: Tensor) -> Gradients:
