@@ -2,10 +2,12 @@
 
 import copy
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loracle.oracle_tests.promises import promise, refuses
 
@@ -133,6 +135,58 @@ def both_factors_zero(module):
     for X in ("sylvester", "zero", "symmetry"):
         assert not any(grad.any() for grad in module.optimal_gradients(A, B, A, B, 2.0, X=X))
     assert not module.sylvester_X(A, A, B, 2.0).any()
+
+
+# Memory and calls
+
+
+class _Made(TorchDispatchMode):
+    """Remembers the entries of the largest tensor that an operation made, and the shapes of what was decomposed."""
+
+    def __init__(self):
+        super().__init__()
+        self.entries, self.decomposed = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if "eigh" in str(func):
+            self.decomposed.append(tuple(args[0].shape))
+        for tensor in result if isinstance(result, tuple) else (result,):
+            if isinstance(tensor, Tensor):
+                self.entries = max(self.entries, tensor.numel())
+        return result
+
+
+def _most(call):
+    """The entries of the largest tensor that a call made."""
+    with _Made() as made:
+        call()
+    return made.entries
+
+
+@promise(
+    "No step makes an (out, out) or (in, in) matrix, nor does a pair a matrix of the weight's size.",
+    of=("_adjusted", "_symmetric", "_sylvester", "optimal_gradients", "projected_gradient", "sgd_step", "step", "step_efficient"),
+)
+def no_square_of_a_side(module):
+    for out, in_ in ((60, 3), (3, 60)):
+        W0, A, B, grad_A, grad_B = (torch.randn(shape) for shape in ((out, in_), (2, in_), (out, 2), (2, in_), (out, 2)))
+        given, state, own = (grad_A, grad_B, A, B, 1.5), module.init_state(A, B), module.init_state_efficient(A, B)
+        assert 0 < _most(partial(module.projected_gradient, W0, A, B)) <= 3 * 60
+        for X in ("sylvester", "zero", "symmetry"):
+            # [B, grad_B] and [grad_A; A] of the equivalent gradient are (out, 2 rank) and (2 rank, in)
+            assert 0 < _most(partial(module.step, grad_A, grad_B, W0, A, B, 1.5, *state, t=1, lr=0.1, X=X)) <= 4 * 60
+            assert 0 < _most(partial(module.step_efficient, *given, *own, t=1, lr=0.1, X=X)) <= 2 * 60
+            assert 0 < _most(partial(module.sgd_step, *given, lr=0.1, X=X)) <= 2 * 60
+
+
+@promise("Layers of equal shape are stepped together: both decompositions are one call each.", of="LoRAProAdamW")
+def layers_alike_in_one_call(module):
+    for mode in ("full", "efficient"):
+        optimizer = module.LoRAProAdamW([_layer() for _ in range(3)], mode=mode)
+        with _Made() as made:
+            optimizer.step()
+        assert made.decomposed == [(3, 2, 2)] * 2, made.decomposed
 
 
 # Errors

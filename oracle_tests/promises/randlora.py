@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loracle.oracle_tests.promises import follows_the_global_generator, promise, refuses
 
@@ -303,6 +304,36 @@ def nothing_large_is_kept(module):
         assert sorted(found.values()) == ([4 * 4] if wide else []), f"kept: {found}"
         y.sum().backward()
         assert tensors[3].grad is None
+
+
+class _Largest(TorchDispatchMode):
+    """Remembers the entries of the largest tensor that an operation made, other than a view of one of its arguments."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+            if result.untyped_storage().data_ptr() not in given:
+                self.entries = max(self.entries, result.numel())
+        return result
+
+
+@promise("The layer makes no (out, in) matrix, in training or not.", of=("_ThroughBase", "forward"))
+def no_matrix_of_the_weight(module):
+    small, large, bases, rank = 4, 60, 2, 2
+    for wide in (False, True):
+        out, in_ = (small, large) if wide else (large, small)
+        x, W0, grad_y = _randn(2, in_), _randn(out, in_), _randn(2, out)
+        gammas, lambdas = _randn(bases, small).requires_grad_(), _randn(bases, rank).requires_grad_()
+        A, B = _randn(rank, small), _randn(large, bases, rank)
+        for train in (False, True):
+            with torch.set_grad_enabled(train), _Largest() as largest:
+                y = module.forward(x, W0, gammas, A, lambdas, B, 1.5)
+                if train:
+                    y.backward(grad_y)
+            assert 0 < largest.entries < out * in_, f"a tensor of {largest.entries} entries was made for a weight of {W0.numel()}"
 
 
 # One pair in memory
