@@ -241,9 +241,7 @@ class _ThroughBase(torch.autograd.Function):
         (x, gammas, A, lambdas), (grad_z,) = ctx.saved_tensors, grads
         grad_x = grad_A = None
         if ctx.needs_input_grad[0]:
-            stacked = _stacked(gammas, A, lambdas, ctx.scaling)
-            grad_x = grad_z @ (stacked.mT if ctx.turned else stacked)
-            del stacked  # before g, which is as large
+            grad_x = _ThroughBase.forward(grad_z, gammas, A, lambdas, ctx.scaling, not ctx.turned)
         g = (x.mT @ grad_z if ctx.turned else grad_z.mT @ x).view(*lambdas.shape, -1)
         scaled = ctx.scaling * lambdas
         if ctx.needs_input_grad[2]:  # not in training, where the base is frozen
