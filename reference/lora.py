@@ -59,14 +59,14 @@ class Factors(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of the loss in the factors."""
+    """Gradients of the loss by the factors."""
 
     grad_A: Float[Tensor, "rank in"]
     grad_B: Float[Tensor, "out rank"]
 
 
 class BackwardGradients(NamedTuple):
-    """Gradients of the loss in the input and the factors."""
+    """Gradients of the loss by the input and the factors."""
 
     grad_x: Float[Tensor, "... in"]
     grad_A: Float[Tensor, "rank in"]
@@ -84,7 +84,7 @@ class Weights(NamedTuple):
 def scaling_factor(alpha: float, rank: int, *, rslora: bool = False) -> float:
     """The number s that multiplies B A: alpha / rank, or alpha / sqrt(rank) with `rslora`.
 
-    `alpha` is set once and not retuned with the rank (paper, section 4.1). Source of the second form: rsLoRA, eq. 4.
+    `alpha` is set once and not retuned with the rank (paper, section 4.1). The second form is rsLoRA's (eq. 4).
 
     Raises:
         ValueError: `rank` is below 1.
@@ -130,7 +130,7 @@ def init(
 def draw_mask(x: Float[Tensor, "... in"], *, p: float, generator: torch.Generator | None = None) -> Bool[Tensor, "... in"]:
     """Draw a dropout mask of the shape of `x`: True (keep) with probability 1 - p, independently for each entry.
 
-    Raises ValueError if `x` is no floating-point tensor, as the layer's input has to be.
+    Raises ValueError if `x` is no floating-point tensor.
     """
     check_shapes(x=(x, "... in"))
     return torch.rand(x.shape, generator=generator, device=x.device) >= p

@@ -1,8 +1,9 @@
 r"""LoRA-GA: start the factors along the singular vectors of the gradient, so that the first step follows full fine-tuning.
 
-Wang, Yu and Li take A and B from disjoint halves of the top 2 rank singular triplets of G = dL/dW: no other start of that
-rank brings the first update of B A closer to a multiple of G (Theorem 3.1). One common scale keeps the adapter's output
-at the same size in every width and rank (Theorem 3.2), and W0 - s B A as frozen weight keeps the model's function.
+Wang, Yu and Li take A and B from disjoint halves of the top 2 rank singular triplets of G = dL/dW: to first order, no
+other start of that rank brings the first update of s B A closer to a multiple of G (Theorem 3.1). One common scale keeps
+the adapter's output at the same size in every width and rank (Theorem 3.2), and W0 - s B A as frozen weight keeps the
+model's function.
 
 | here             | paper            | shape       | meaning                                            |
 |------------------|------------------|-------------|----------------------------------------------------|
@@ -13,7 +14,7 @@ at the same size in every width and rank (Theorem 3.2), and W0 - s B A as frozen
 | `G`              | gradient of W_0  | (out, in)   | dL/dW at W0; its SVD is U diag(S) Vh               |
 | `gamma`          | gamma            | number      | hyperparameter of the scale, 16 by default         |
 | `factor_scale`   | -                | number      | c, the size of each row of A and column of B       |
-| `zeta`           | zeta             | number      | s^2 c^2: the first step is zeta times G's rank-2r part |
+| `zeta`           | zeta             | number      | s^2 c^2: the first update is zeta times G's rank-2r part |
 | `sketch`         | -                | (min(out, in), q) | Gaussian test matrix of the randomised SVD   |
 
 Where paper and code differ (`Outsider565/LoRA-GA`: `peft/src/peft/tuners/lora/layer.py`, `reproduce/run_exp.py`):

@@ -2,7 +2,7 @@ r"""LoRA-Pro: adjust the gradients of both factors so that the weight moves as n
 
 Wang et al. see a step of A and B as a step of the whole weight along a low-rank *equivalent gradient*, and give in closed
 form the pair whose equivalent gradient is nearest to G = dL/dW (Theorem 1). Back-propagation's pair is all that it takes. A
-free (rank, rank) matrix X remains, which does not change the weight's step (Theorems 2 and 3).
+free (rank, rank) matrix X remains, which to first order does not change the weight's step (Theorems 2 and 3).
 
 | here                   | paper           | shape       | meaning                                                  |
 |------------------------|-----------------|-------------|----------------------------------------------------------|
@@ -193,12 +193,12 @@ def _adjusted(
         if X == "zero":
             return Gradients(best_A, best_B)
         X = _symmetric(grad_B, B, left, right, scaling, delta) if X == "symmetry" else _sylvester(grad_A, A, left, right, scaling, delta)
-    # ... + X A and ... - B X: the weight does not notice
+    # ... + X A and ... - B X: to first order the weight does not notice
     return Gradients(best_A + working(X) @ A, best_B - B @ working(X))
 
 
 def projected_gradient(G: OutIn, A: RankIn, B: OutRank) -> OutIn:
-    """The equivalent gradient of the optimal pair (out, in): G without the part outside of B's columns and A's rows (Theorem 1).
+    """The equivalent gradient of the optimal pair (out, in): G less the part outside of both B's columns and A's rows (Theorem 1).
 
     It depends on no scaling, and on the factors only by the spaces that they span.
     """

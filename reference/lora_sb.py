@@ -1,8 +1,8 @@
 r"""LoRA-SB: train an r x r matrix between two frozen factors that hold the first step of full fine-tuning.
 
-Ponkshe et al. show that the best step of R, in the Frobenius norm, is known in closed form, does not depend on the scaling
-and is plain back-propagation if A and B are orthonormal and s = 1. Their start makes them so: the rank-`rank` SVD of the
-first full fine-tuning update. Only R is trained, rank^2 numbers. There is no correction of W0: training starts one step on.
+Ponkshe et al. give the step of R that moves W nearest to the full gradient: a closed form, the same move for every scaling,
+and plain back-propagation if A and B are orthonormal and s = 1. Their start makes them so: the rank-`rank` SVD of the first
+full fine-tuning update. Only R is trained, rank^2 numbers. W0 is not corrected: training starts one step ahead.
 
 | here             | paper            | shape       | meaning                                            |
 |------------------|------------------|-------------|----------------------------------------------------|
@@ -17,14 +17,14 @@ first full fine-tuning update. Only R is trained, rank^2 numbers. There is no co
 Where paper and code differ (`RaghavSinghal10/lora-sb`), and what is left open:
 
 - The official code decomposes by subspace iteration from exactly `rank` random vectors; here the SVD is exact unless a
-  `sketch` is given. A sign matrix has a flat spectrum: their spaces can differ a lot while the residuals nearly agree.
+  `sketch` is given. A sign matrix has a flat spectrum: the spaces of the two can differ a lot while the residuals nearly agree.
 - The paper sums the gradient over samples, here it is the mean. AdamW's first update does not notice, gradient descent's does.
 - The learning rate inside the start only sets the size of R. The code takes the first value of the warm-up, of a loader with
   another batch size; here it is an argument.
 - `optimal_gradient` is not in the code, which needs it nowhere: A and B are orthonormal and s = 1.
 - Freedom from s holds for gradient descent with the optimal gradient. AdamW undoes the factor 1 / s^2: there s acts as a
-  learning rate. Hence the default s = 1.
-- LoRA-XS, the baseline with the same layer, has singular vectors of W0 and a small random R (`init_xs`).
+  factor of the learning rate. Hence the default s = 1.
+- LoRA-XS, the baseline with the same layer, takes A and B from the SVD of W0, with a small random R (`init_xs`).
 """
 
 import copy
@@ -215,7 +215,7 @@ def forward(
     """The adapted layer: (..., in) -> (..., out). Raises ValueError if shapes, dtypes or devices do not fit."""
     check_shapes(x=(x, "... in"), W0=(W0, "out in"), A=(A, "rank in"), R=(R, "rank rank"), B=(B, "out rank"), bias=(bias, "out"))
     frozen = nn.functional.linear(x, W0, bias)
-    # y = W0 x + s B R A x, through the rank; with s^T = s the rows of x meet A^T, then R^T, then B^T
+    # y = W0 x + s B R A x, through the rank: the rows of x meet A^T, then R^T, then B^T
     hidden = ((x @ A.mT) @ R.mT).reshape(-1, R.shape[0])
     return torch.addmm(frozen.reshape(-1, B.shape[0]), hidden, B.mT, alpha=scaling).reshape(frozen.shape)
 
@@ -253,7 +253,7 @@ def gradients(
 def equivalent_gradient(
     grad_R: Float[Tensor, "rank rank"], A: Float[Tensor, "rank in"], B: Float[Tensor, "out rank"], scaling: float
 ) -> Float[Tensor, "out in"]:
-    """The gradient of W (out, in) that has the effect of `grad_R` on R: exact for steps of any size (Lemma 1)."""
+    """The direction (out, in) in which W moves when R moves along `grad_R`: exact for steps of any size (Lemma 1)."""
     check_shapes(grad_R=(grad_R, "rank rank"), A=(A, "rank in"), B=(B, "out rank"))
     # Lemma 1: a step of R along g^R is a step of W along s B g^R A
     return scaling * (B @ grad_R @ A)

@@ -1,7 +1,7 @@
 r"""RandLoRA: a full-rank update as a learned sum of low-rank random matrices, of which only diagonal scalings are trained.
 
 Albert et al. sum N = ceil(min(out, in) / rank) terms B_j Lambda_j A Gamma_j. The random A and B_j are frozen and drawn once for
-all layers; each layer trains the diagonals alone. A smaller basis rank means more terms and more trained numbers.
+all layers; each layer trains the diagonals alone. A smaller basis rank trains more numbers, but for rounding.
 
 | here         | paper       | shape                | meaning                                                                 |
 |--------------|-------------|----------------------|-------------------------------------------------------------------------|
@@ -20,7 +20,7 @@ A wide layer (in > out) has the transposed sum, so that the diagonals always sit
 Where the public codes differ (`PaulAlbert31/RandLoRA` with four sub-projects, `huggingface/peft`), and what is the default:
 
 - Scaling: "paper" alpha / (rank sqrt(bases)) with alpha = 2 rank (paper's table, `peft/` and `NLG/`; default), "peft" alpha / rank
-  with alpha = 20 rank, "vision" alpha / rank with alpha = 1. The first author no longer divides by sqrt(bases) (issue 1 there).
+  with alpha = 20 rank (PEFT: 640, for rank 32), "vision" alpha / rank with alpha = 1. The first author gave up sqrt(bases) (issue 1).
 - Start: `lambdas` zero (default), or `gammas` zero (`vision_language/`).
 - Bases: "uniform" (default), "normal" (vision code), "sparse" and "very_sparse" ternary. They are divided by their standard
   deviation as they are drawn, in at least float32; PEFT draws and divides in half precision.
@@ -101,7 +101,7 @@ def num_bases(W0: OutIn, *, rank: int) -> int:
 
 
 def num_trainable(W0: OutIn, *, rank: int) -> int:
-    """Number of trainable parameters of a layer, N (rank + min(out, in)): it falls as the rank grows. Raises as `num_bases`."""
+    """Number of trainable parameters of a layer, N (rank + min(out, in)): falling in rank but for rounding. Raises as `num_bases`."""
     return num_bases(W0, rank=rank) * (rank + min(W0.shape))
 
 
@@ -126,7 +126,7 @@ def scaling_factor(rank: int, bases: int, *, alpha: float | None = None, convent
 def ternarise(u: Float[Tensor, "..."], *, sparsity: float = 3.0) -> Float[Tensor, "..."]:
     """Entries -1, 0 and 1 from numbers `u` drawn uniformly from [0, 1): each sign with probability 1 / (2 sparsity).
 
-    Source: the paper's section on sparse bases; `sparsity` 3 is "sparse", the root of the smallest shared side "very sparse".
+    Source: the paper's section on sparse bases; `sparsity` 3 is "sparse", the root of `small` in `draw_bases` "very sparse".
 
     Raises:
         ValueError: `u` is not floating point, or `sparsity` is below 1.
@@ -140,7 +140,7 @@ def ternarise(u: Float[Tensor, "..."], *, sparsity: float = 3.0) -> Float[Tensor
 
 
 def normalise(base: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """A base divided by the unbiased standard deviation of all its entries; in half precision computed in float32.
+    """A base divided by the unbiased standard deviation of all its entries; its mean stays. Half precision is computed in float32.
 
     Raises:
         ValueError: `base` is not floating point, an entry is NaN or infinite, or all entries are equal.
@@ -157,9 +157,9 @@ def draw_bases(weights: Sequence[Tensor], *, rank: int, kind: str = "uniform", g
     """Draw one pair of bases for all layers: A (rank, small) and B (large, bases, rank), each of standard deviation 1.
 
     `weights` are the weights (out, in) of all layers that will share the pair; only their shapes, dtype and device are read.
-    `small` is the smaller of the largest out and the largest in, `large` the larger. `kind` is "uniform" (default), "normal",
-    "sparse" (ternary, a sixth for each sign) or "very_sparse" (1 / (2 sqrt(small)) for each sign). Source: paper, section 4;
-    official `_init_randlora_A_randlora_B`.
+    `small` is the smaller of the largest out and the largest in, `large` the larger, `bases` ceil(small / rank).
+    `kind` is "uniform" (default), "normal", "sparse" (ternary, a sixth for each sign) or "very_sparse" (1 / (2 sqrt(small)) for
+    each sign; columns of A may be all zero). Source: paper, section 4; official `_init_randlora_A_randlora_B`.
 
     Raises:
         ValueError: there is no weight, the weights differ in dtype or device or are no matrices, `rank` exceeds a side of
@@ -241,14 +241,12 @@ class _ThroughBase(torch.autograd.Function):
         (x, gammas, A, lambdas), (grad_z,) = ctx.saved_tensors, grads
         grad_x = grad_A = None
         if ctx.needs_input_grad[0]:
-            stacked = _stacked(gammas, A, lambdas, ctx.scaling)
-            grad_x = grad_z @ (stacked.mT if ctx.turned else stacked)
-            del stacked  # before g, which is as large
+            grad_x = _ThroughBase.forward(grad_z, gammas, A, lambdas, ctx.scaling, not ctx.turned)
         g = (x.mT @ grad_z if ctx.turned else grad_z.mT @ x).view(*lambdas.shape, -1)
         scaled = ctx.scaling * lambdas
         if ctx.needs_input_grad[2]:  # not in training, where the base is frozen
             grad_A = torch.einsum("jki,jk,ji->ki", g, scaled, gammas)
-        # Where nothing will be differentiated again, g is this function's own
+        # g may be overwritten, unless this backward is to be differentiated itself
         grad_gammas, grad_lambdas = _of_diagonals(g * A if torch.is_grad_enabled() else g.mul_(A), gammas, scaled)
         return grad_x, grad_gammas, grad_A, ctx.scaling * grad_lambdas, None, None
 
@@ -277,7 +275,7 @@ def forward(
     mask: Bool[Tensor, "... in"] | None = None,
     p: float = 0.0,
 ) -> Float[Tensor, "... out"]:
-    """The adapted layer: (..., in) -> (..., out). No (out, in) matrix is made, and the bases are not kept per layer.
+    """The adapted layer: (..., in) -> (..., out). Delta W is not made; A~, which is about (small, small), is.
 
     `mask` (default: no dropout) keeps the entries of `x` that are True, for the adapter path only; what is kept is divided by
     1 - `p`. The bases are those of the layer, see `slice_bases`.
@@ -289,7 +287,7 @@ def forward(
     wide = _check_factors(gammas, A, lambdas, B, W0=W0)
     rows, columns = _rows(_drop(x, mask, p)), B.flatten(1)
     if wide:
-        # y = W0 x + s A~^T B~^T x; the order of the two paths keeps the most memory held at once small
+        # y = W0 x + s A~^T B~^T x; in this order of the two paths the least memory is held at once
         turned: Tensor = _ThroughBase.apply(rows @ columns, gammas, A, lambdas, scaling, True)  # type: ignore[no-untyped-call]
         return nn.functional.linear(x, W0, bias) + turned.view(*x.shape[:-1], len(W0))
     frozen = nn.functional.linear(x, W0, bias)
@@ -395,8 +393,8 @@ class RandLoRALinear(nn.Module):
     """A frozen `nn.Linear` with a full-rank update beside it: (..., in) -> (..., out).
 
     Only `gammas` (bases, small) and `lambdas` (bases, rank) are trained. `pair` holds the bases, of which the layer uses the
-    leading slices. `alpha`, `convention` and `zero` as in `scaling_factor` and `init`; `dropout` (default 0; the paper has
-    0.05) acts on the adapter's input, in training only.
+    leading slices. `alpha`, `convention` and `zero` as in `scaling_factor` and `init`; `dropout` (default 0; the official
+    commonsense scripts have 0.05) acts on the adapter's input, in training only.
     The diagonals may be made more precise than the weight, as in `layer.gammas.data = layer.gammas.data.float()` beside
     bfloat16: they are used in the precision of x, and trained and merged in their own.
 

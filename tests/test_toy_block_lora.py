@@ -1,5 +1,7 @@
 """Block-LoRA's experiment: its data, layers and optimizers by another road, and claims that fail when they should."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -52,7 +54,9 @@ def test_the_target_is_the_source_moved_by_a_matrix_of_rank_two(clip):
     """Class means of the target are those of the source times one matrix for all; what is added to the identity has rank 2."""
     _, config = experiment.load("block_lora", overrides=["test_samples=20000", "noise=0.1", "classes=40", "pretrain_steps=0"])
     big = block_lora._Clip(config, Trial((3,)))
-    source, target = (as_numpy(x[0]).reshape(40, -1, 32).mean(axis=1) for x in (big.source_test, big.test))
+    source, target, held_back = (as_numpy(x[0]).reshape(40, -1, 32).mean(axis=1) for x in (big.source_test, big.test, big.held_back))
+    np.testing.assert_allclose(held_back, target, atol=0.02)
+    assert not torch.equal(big.held_back, big.test)
     move = np.linalg.lstsq(source, target, rcond=None)[0].T - np.eye(32)
     values = np.linalg.svd(move, compute_uv=False)
     assert values[1] > 1
@@ -175,3 +179,18 @@ def test_a_race_at_a_learning_rate_of_zero_shows_nothing():
 def test_settings_that_do_not_fit_are_refused(override):
     with pytest.raises(UsageError):
         experiment.load("block_lora", overrides=[override])
+
+
+def test_rates_are_not_chosen_on_the_test_samples(clip, monkeypatch):
+    """With test samples of other classes the accuracy is another, and the chosen rates are the same."""
+    trial = Trial((0, 1))
+    other = copy.copy(clip)
+    other.test = clip.test.roll(clip.config.test_samples, dims=1)
+    found = []
+    for given in (clip, other):
+        monkeypatch.setattr(block_lora, "_clip", lambda *_, given=given: given)
+        found.append(block_lora.run_rates(clip.config, trial).values)
+    names = [name for name in found[0] if name.endswith(".lr")]
+    assert names
+    assert all(found[0][name] == found[1][name] for name in names)
+    assert found[0]["block.accuracy"] != found[1]["block.accuracy"]

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from loracle.toy_tasks import experiment
 from loracle.toy_tasks.config import UsageError
@@ -50,6 +51,21 @@ def test_only_the_diagonals_are_trained_and_lora_has_the_larger_budget(config):
         bases = -(-48 // rank)
         assert {name: tuple(t.shape) for name, t in ours.trainable.items()} == {"gammas": (2, bases, 48), "lambdas": (2, bases, rank)}
         assert ours.num_trainable() == bases * (48 + rank) <= lora.num_trainable() == 96 * lora_rank
+
+
+def test_one_large_base_trains_as_many_numbers(config):
+    """One term of rank 384 in place of eight of rank 6: 384 + 48 numbers; by numpy, s B diag(lambda) A diag(gamma) with s = 2."""
+    race = randlora._Race(config, Trial((0, 1)), "flat")
+    stack = race.stack("one_large", 6)
+    assert {name: tuple(t.shape) for name, t in stack.trainable.items()} == {"gammas": (2, 1, 48), "lambdas": (2, 1, 384)}
+    assert stack.num_trainable() == race.stack("randlora", 6).num_trainable()
+    params = {name: t + torch.arange(t[0].numel()).view(t[0].shape) / t[0].numel() for name, t in stack.trainable.items()}
+    outputs = as_numpy(stack(params, race.problem.x))
+    for i, model in enumerate(stack.models(params)):
+        A, B, gammas, lambdas = (as_numpy(t) for t in (model.A, model.B[:, 0], model.gammas[0], model.lambdas[0]))
+        update = 2.0 * B @ np.diag(lambdas) @ A @ np.diag(gammas)
+        expected = as_numpy(race.problem.x[i]) @ (as_numpy(race.problem.layers[i].weight) + update).T
+        np.testing.assert_allclose(outputs[i], expected, rtol=1e-3, atol=1e-2)
 
 
 def test_lambdas_alone_keep_the_rank_of_the_base(quick_run):

@@ -626,7 +626,7 @@ def init_of_the_sum(G, scaling, *, rank, **options):
 @mistake(
     "The signs of the singular vectors are chosen: the largest entry of each is positive.",
     replaces="init",
-    harmless="Singular vectors have free signs; B A changes, and W_base with it, but neither the function nor any first step does.",
+    harmless="Signs are free; B A and W_base change, but neither the start nor, to first order, the first step.",
 )
 def signs_chosen(G, scaling, *, rank, **options):
     A, B = right.init(G, scaling, rank=rank, **options)

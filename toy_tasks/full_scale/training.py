@@ -231,17 +231,18 @@ def estimate_gradients(
 def prepare(
     run: Run, engine: Engine, rows: list[Row], model: Any, tokenizer: Any, out: Path, *, resuming: bool, report: Report
 ) -> Prepared:
-    """Put the method in. Rank 0's factors, bases and corrected weights go to every rank; a run that is resumed reads its own."""
+    """Put the method in. Rank 0 makes the factors, bases and corrected weights, or reads them where a run is resumed, and every
+    rank gets them; what the method made of stand-ins on the other ranks is written over.
+    """
     model.train()
     start_file = out / checkpoints.START
     model.to(engine.device)
-    gradients = (
-        stand_in_gradients(model)
-        if resuming
-        else estimate_gradients(run, model, rows, tokenizer.pad_token_id, ranks=engine.ranks, report=report)
-    )
+    if engine.is_main and not resuming:
+        gradients = estimate_gradients(run, model, rows, tokenizer.pad_token_id, ranks=engine.ranks, report=report)
+    else:
+        gradients = stand_in_gradients(model)
     method, added, touched = attach(run, model, gradients)
-    if resuming:
+    if resuming and engine.is_main:
         checkpoints.put(model, checkpoints.load_tensors(start_file), start_file)
     there = tensors_of(model)
     start = {name: there[name] for name in touched}

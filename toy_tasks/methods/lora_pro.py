@@ -13,7 +13,7 @@ from . import lora
 class Method(lora.Method):
     mode: str = "full"
     X: str = "sylvester"
-    delta: float = 1e-8
+    delta: float = 0.0
 
     def optimizer(self, model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
         layers = self.layers(model).values()
