@@ -1,6 +1,8 @@
 """LoRA-Pro: LoRA's layers under an optimizer of its own."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from . import lora
 
 @dataclass(frozen=True)
 class Method(lora.Method):
+    compared: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}, "efficient": {"mode": "efficient"}}
     mode: str = "full"
     X: str = "sylvester"
     delta: float = 0.0

@@ -16,7 +16,12 @@ from . import Method as Base
 class Method(Base):
     layer = SLoRALinear
     # As published the start is not the pretrained weight
-    compared: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}, "residual": {"residual": True}}
+    compared: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "": {},
+        "residual": {"residual": True},
+        "slora": {"method": "slora"},
+        "inttune": {"method": "inttune"},
+    }
     method: str = "nlora"
     core: str | None = None
     residual: bool = False
