@@ -69,7 +69,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
     except (OSError, SafetensorError) as error:
-        raise ToyError(f"{path} is missing or not whole: {error}. Delete it to go on from the checkpoint before it.") from None
+        raise ToyError(f"{path} is missing or not whole: {error}. Delete the run's folder to start from the beginning.") from None
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -107,7 +107,7 @@ def write_lora(trained: Trained, to: Path) -> str:
         alpha_pattern=lower,
         target_modules=list(changes),
         task_type="CAUSAL_LM",
-        base_model_name_or_path=trained.run.model,
+        base_model_name_or_path=trained.model.name_or_path,
     )
     tensors = {f"model.{name}.lora_A.weight": change.A for name, change in changes.items()}
     tensors |= {f"model.{name}.lora_B.weight": change.B for name, change in changes.items()}
@@ -154,7 +154,7 @@ def write_randlora(trained: Trained, to: Path) -> str:
         target_modules=list(layers),
         save_projection=True,
         task_type="CAUSAL_LM",
-        base_model_name_or_path=trained.run.model,
+        base_model_name_or_path=trained.model.name_or_path,
     )
     # One scaling for all layers: what is particular to one goes into its diagonals
     tensors = {f"model.{name}.randlora_lambda": layer.lambdas.mT * (layer.scaling / first.scaling) for name, layer in layers.items()}
