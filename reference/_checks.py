@@ -1,5 +1,7 @@
 """Argument checks that every reference file shares: they read shapes and dtypes, and values only where named so."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,12 @@ def check_finite(**tensors: Tensor) -> None:
         if not (low.isfinite() and high.isfinite()):
             bad = int((~tensor.isfinite()).sum())
             raise ValueError(f"{name} has {bad} of {tensor.numel()} entries that are NaN or infinite; repair it before adapting the model")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Check that the number `name` is positive and finite, else raise ValueError."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value!r}; needed a positive finite number")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -30,7 +30,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import lora
-from ._checks import check_choice, check_finite, check_rank, check_shapes
+from ._checks import check_choice, check_finite, check_positive, check_rank, check_shapes
 from ._linalg import working
 from ._paper import Paper
 from .lora import BackwardGradients, Factors, Gradients
@@ -141,7 +141,7 @@ def row_scale(A: Float[Tensor, "rank in"], B: Float[Tensor, "out rank"], eta: fl
     Raises ValueError if shapes do not fit or `eta` is not positive and finite.
     """
     check_shapes(A=(A, "rank in"), B=(B, "out rank"))
-    _check_eta(eta)
+    check_positive("eta", eta)
     return _scale(_row_norms(A, B), eta).to(B.dtype)
 
 
@@ -165,7 +165,7 @@ def gradients(
     """
     check_shapes(G=(G, "out in"), A=(A, "rank in"), B=(B, "out rank"))
     check_choice("kind", kind, OF_WEIGHTS)
-    _check_eta(eta)
+    check_positive("eta", eta)
     if kind == "element":
         G = G * _scale(working(B @ A).abs(), eta).to(G.dtype)
         return Gradients(grad_A=B.mT @ G, grad_B=G @ A.mT)
@@ -200,7 +200,7 @@ def backward(
     """
     check_shapes(grad_y=(grad_y, "... out"), x=(x, "... in"), W0=(W0, "out in"), A=(A, "rank in"), B=(B, "out rank"))
     check_choice("kind", kind, KINDS)
-    _check_eta(eta)
+    check_positive("eta", eta)
     # dL/dx = grad_y (W0 + B A): what goes on to the layers below is not rescaled
     grad_x = grad_y @ W0 + (grad_y @ B) @ A
     return BackwardGradients(grad_x, *_factor_gradients(grad_y, x, A, B, eta, kind))
@@ -363,7 +363,7 @@ class ALLoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("kind", kind, KINDS)
-        _check_eta(eta)
+        check_positive("eta", eta)
         A, B = init(base.weight, rank=rank, generator=generator)
         self.base = base.requires_grad_(False)
         self.eta, self.kind, self.merged = eta, kind, False
@@ -389,12 +389,6 @@ class ALLoRALinear(nn.Module):
         if self.merged:
             self.base.weight.copy_(unmerge(self.base.weight.to(self.A.dtype), self.A, self.B))
             self.merged = False
-
-
-def _check_eta(eta: float) -> None:
-    """Check that eta is a positive finite number."""
-    if not 0 < eta < math.inf:
-        raise ValueError(f"eta is {eta!r}; needed a positive finite number, such as 2")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from . import lora
-from ._checks import check_choice, check_finite, check_rank, check_shapes
+from ._checks import check_choice, check_finite, check_positive, check_rank, check_shapes
 from ._linalg import working
 from ._paper import Paper
 
@@ -239,7 +239,7 @@ def fit_delta(D: Float[Tensor, "out in"], scaling: float = 1.0, *, rank: int, bl
     check_shapes(D=(D, "out in"))
     check_rank(rank, D)
     check_finite(D=D)
-    _check_positive("scaling", scaling)
+    check_positive("scaling", scaling)
     block_rank = _block_rank(rank, blocks)
     U, S, Vh = torch.linalg.svd(working(D), full_matrices=False)
     # Eckart-Young at rank r / b: A_s = V_h[:r/b], and blocks that sum to U S / s; equal ones have the least norm
@@ -294,8 +294,8 @@ def generalization_bound(
     """
     block_rank = _block_rank(rank, blocks)
     _check_whole("num_samples", num_samples)
-    _check_positive("bits", bits)
-    _check_positive("loss_sigma", loss_sigma)
+    check_positive("bits", bits)
+    check_positive("loss_sigma", loss_sigma)
     if shapes.is_floating_point() or shapes.ndim != 2 or shapes.shape[1] != 2 or not shapes.numel() or shapes.min() < 1:
         raise ValueError(f"shapes is {shapes.tolist()}; needed whole numbers (weights, 2), out and in of each weight, at least 1")
     # |gen| <= sqrt(2 sigma^2 ln 2 / S * q * r sum_i (m_i + n_i / b))
@@ -375,12 +375,6 @@ def _check_whole(name: str, value: int) -> None:
     """Check that a number is whole and at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} is {value!r}; needed a whole number of at least 1")
-
-
-def _check_positive(name: str, value: float) -> None:
-    """Check that a number is positive and finite."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} is {value!r}; needed a positive finite number")
 
 
 if __name__ == "__main__":

@@ -26,14 +26,13 @@ Where paper and code differ (`SKDDJ/LoLDU`), and what is left open:
 - The paper speaks of orthogonality. P is orthogonal; L and U are not.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ._checks import check_choice, check_finite, check_rank, check_shapes
+from ._checks import check_choice, check_finite, check_positive, check_rank, check_shapes
 from ._linalg import working
 from ._paper import Paper
 
@@ -185,8 +184,7 @@ def init(
         ValueError: `rank` is not in 1..min(out, in), W0 is not finite, a leading pivot is zero, `scaling` is not positive, or as
             `init_diagonal`.
     """
-    if not 0 < scaling < math.inf:
-        raise ValueError(f"scaling is {scaling!r}; needed a positive finite number")
+    check_positive("scaling", scaling)
     (U, subtracted, L, P), z = _start(W0, rank, diagonal, noise, preserve)
     # W_res = W0 - sigma P L_r diag(z_0) U_r, with the factors as they are stored, so that their rounding cancels
     leading = delta_weight(working(U), working(subtracted), working(L), P, scaling)

@@ -38,7 +38,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from . import lora
-from ._checks import check_choice, check_finite, check_shapes
+from ._checks import check_choice, check_finite, check_positive, check_shapes
 from ._linalg import randomised_svd, working
 from ._paper import Paper
 from .lora import Factors, LoRALinear
@@ -116,9 +116,8 @@ def factor_scale(
     check_choice("scale", scale, SCALES)
     _check_rank(rank, None)
     check_shapes(W0=(W0, "out in"))
-    for name, value in (("scaling", scaling), ("gamma", gamma)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} is {value!r}; needed a positive finite number")
+    check_positive("scaling", scaling)
+    check_positive("gamma", gamma)
     if scale == "unit":
         return 1.0
     if scale == "gd":

@@ -36,7 +36,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ._checks import check_choice, check_finite, check_rank, check_shapes
+from ._checks import check_choice, check_finite, check_positive, check_rank, check_shapes
 from ._linalg import randomised_svd, working
 from ._paper import Paper
 
@@ -89,7 +89,7 @@ def first_step_update(G: Float[Tensor, "out in"], *, lr: float, optimizer: str =
     """
     check_shapes(G=(G, "out in"))
     check_choice("optimizer", optimizer, OPTIMIZERS)
-    _check_number("lr", lr)
+    check_positive("lr", lr)
     if not 0 <= adam_eps < math.inf:
         raise ValueError(f"adam_eps is {adam_eps!r}; needed a finite number of at least 0")
     _check_nonzero("G", G)
@@ -154,7 +154,7 @@ def init(
     """
     check_shapes(update=(update, "out in"), sketch=(sketch, "in columns"))
     check_rank(rank, update)
-    _check_number("scaling", scaling)
+    check_positive("scaling", scaling)
     _check_nonzero("update", update)
     # Section on the start: U, S, V <- SVD(Delta W_avg); B = U_1:r, R = diag(S_1:r) / s, A = V_1:r^T
     U, S, Vh = _leading_triplets(working(update), sketch, rank, niter)
@@ -195,7 +195,7 @@ def init_xs(W0: Float[Tensor, "out in"], *, rank: int, sigma: float = 1e-5, gene
     """
     check_shapes(W0=(W0, "out in"))
     check_rank(rank, W0)
-    _check_number("sigma", sigma)
+    check_positive("sigma", sigma)
     _check_nonzero("W0", W0)
     U, S, Vh = torch.linalg.svd(working(W0), full_matrices=False)
     R = W0.new_empty(rank, rank).normal_(0, sigma, generator=generator)
@@ -356,12 +356,6 @@ def adapt_linear(linear: nn.Linear, update: Float[Tensor, "out in"], *, rank: in
 def _own(part: Tensor, dtype: torch.dtype) -> Tensor:
     """A part of a decomposition, row by row in memory of its own, so that the rest can be freed."""
     return part.to(dtype).clone(memory_format=torch.contiguous_format)
-
-
-def _check_number(name: str, value: float) -> None:
-    """Check that a number is positive and finite."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} is {value!r}; needed a positive finite number")
 
 
 def _check_nonzero(name: str, tensor: Tensor) -> None:

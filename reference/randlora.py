@@ -36,7 +36,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ._adapters import matching_linears, replace_linears
-from ._checks import check_choice, check_finite, check_rank, check_shapes
+from ._checks import check_choice, check_finite, check_positive, check_rank, check_shapes
 from ._linalg import working
 from ._paper import Paper
 from .lora import _drop, _rows, draw_mask
@@ -118,8 +118,7 @@ def scaling_factor(rank: int, bases: int, *, alpha: float | None = None, convent
     if rank < 1 or bases < 1:
         raise ValueError(f"rank is {rank!r} and bases {bases!r}; needed whole numbers of at least 1")
     alpha = {"paper": 2.0 * rank, "peft": 20.0 * rank, "vision": 1.0}[convention] if alpha is None else alpha
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"alpha is {alpha!r}; needed a positive finite number, or None for the convention's own")
+    check_positive("alpha", alpha)
     return alpha / rank / math.sqrt(bases) if convention == "paper" else alpha / rank
 
 
@@ -339,8 +338,9 @@ def fit_gammas(target: OutIn, A: RankSmall, lambdas: BasesRank, B: LargeBasesRan
     Each column on the smaller side is a problem by itself, of `large` equations in `bases` unknowns.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or an entry is NaN or infinite.
+        ValueError: shapes or dtypes do not fit, an entry is NaN or infinite, or `scaling` is not positive.
     """
+    check_positive("scaling", scaling)
     check_finite(target=target, A=A, lambdas=lambdas, B=B)
     wide = _check_factors(None, A, lambdas, B, target=target)
     A_, lambdas_, B_, M = map(working, (A, lambdas, B, target.mT if wide else target))
@@ -354,6 +354,7 @@ def fit_lambdas(target: OutIn, gammas: BasesSmall, A: RankSmall, B: LargeBasesRa
 
     One problem of out in equations in bases rank unknowns. Raises as `fit_gammas`.
     """
+    check_positive("scaling", scaling)
     check_finite(target=target, gammas=gammas, A=A, B=B)
     wide = _check_factors(gammas, A, None, B, target=target)
     gammas_, A_, B_, M = map(working, (gammas, A, B, target.mT if wide else target))

@@ -658,6 +658,21 @@ def frozen_weight_does_not_decay(**given):
     return right.step(**given)._replace(W0=given["W0"].clone())
 
 
+@mistake("There is no weight decay, whatever is asked for (the authors' DeepSpeed code).", replaces="step", breaks=("lora_pro.L14a",))
+def no_decay(**given):
+    return right.step(**given | {"weight_decay": 0.0})
+
+
+@mistake(
+    "The moments are kept in bfloat16 (the authors' DeepSpeed code).",
+    replaces="step",
+    breaks=("lora_pro.L13b", "lora_pro.L13d"),
+)
+def moments_in_bfloat16(**given):
+    moved = right.step(**given)
+    return moved._replace(moment1=moved.moment1.bfloat16().to(moved.A.dtype), moment2=moved.moment2.bfloat16().to(moved.A.dtype))
+
+
 @mistake("Decay is not multiplied by the learning rate.", replaces="step", breaks=("lora_pro.L14a", "lora_pro.L13c"))
 def decay_without_learning_rate(*, weight_decay=0.0, **given):
     return right.step(weight_decay=weight_decay / given["lr"], **given)

@@ -463,7 +463,11 @@ def trailing_slices(W0, shared_A, shared_B):
     return Bases(A[:, A.shape[1] - small :], B[len(B) - large :, B.shape[1] - right.num_bases(W0, rank=len(A)) :])
 
 
-@mistake("A layer keeps all terms of the shared pair, also those that it does not need.", replaces="slice_bases", breaks=("randlora.L15b",))
+@mistake(
+    "A layer keeps all terms of the shared pair, also those that it does not need (MyTransformers).",
+    replaces="slice_bases",
+    breaks=("randlora.L15b",),
+)
 def all_terms_kept(W0, shared_A, shared_B):
     small, large = sorted(W0.shape)
     return Bases(shared_A[:, :small], shared_B[:large])

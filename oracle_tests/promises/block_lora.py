@@ -97,7 +97,7 @@ def rank_is_in_range(module):
         assert module.num_trainable(W0, rank=6, blocks=6) == 6 * len(W0) + W0.shape[1]
 
 
-@promise("The bound needs weights with sides, and positive finite numbers.", of=("generalization_bound", "_check_positive"))
+@promise("The bound needs weights with sides, and positive finite numbers.", of=("generalization_bound",))
 def bound_refuses(module):
     good = {"rank": 4, "blocks": 2, "bits": 16, "num_samples": 1, "loss_sigma": 1.0}
     assert module.generalization_bound(torch.tensor([(1, 1)]), **good) > 0
@@ -109,7 +109,7 @@ def bound_refuses(module):
             refuses(module.generalization_bound, name, torch.tensor([[3, 4]]), **{**good, name: bad})
 
 
-@promise("The scaling of an approximation is positive and finite.", of=("fit_delta", "_check_positive"))
+@promise("The scaling of an approximation is positive and finite.", of=("fit_delta",))
 def scaling_is_positive(module):
     for bad in (0.0, -1.0, math.nan, math.inf):
         refuses(module.fit_delta, "scaling", _randn(6, 7), bad, rank=2, blocks=2)

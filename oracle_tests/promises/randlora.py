@@ -511,6 +511,15 @@ def merging_keeps_the_function(module):
     assert torch.allclose(layer(x), before), "a merged layer adds its update once more"
 
 
+@promise("A fit needs a scaling that is positive and finite.", of=("fit_gammas", "fit_lambdas"))
+def fits_need_a_scaling(module):
+    W0, gammas, lambdas = _randn(6, 4), _randn(2, 4), _randn(2, 2)
+    A, B = _randn(2, 4), _randn(6, 2, 2)
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        refuses(lambda wrong=wrong: module.fit_gammas(W0, A, lambdas, B, wrong), "scaling")
+        refuses(lambda wrong=wrong: module.fit_lambdas(W0, gammas, A, B, wrong), "scaling")
+
+
 @promise("Float32 diagonals beside a bfloat16 weight are used in bfloat16, and trained and merged in float32.", of="RandLoRALinear")
 def diagonals_more_precise_than_the_weight(module):
     layer, x = _layer(module).bfloat16(), _randn(3, 5).bfloat16()
