@@ -73,7 +73,10 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors by name, gathered from all ranks, and JSON for the rest."""
+    """An optimizer's state as tensors by name, gathered from all ranks, and JSON for the rest.
+
+    (torch's `set_optimizer_state_dict` would not take it back where parameters have no state: all of SGD's, LoRA-Pro's B.)
+    """
     state = optimizer.state_dict()
     tensors, numbers = {}, {}
     for index, values in state["state"].items():

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from ..config import UsageError
 
@@ -147,11 +147,11 @@ class Order(Sampler[list[int]]):
             yield from own.tolist()
 
 
-def load(rows: Sequence[Row], order: Sampler[list[int]] | Sequence[list[int]], padding: int) -> DataLoader[dict[str, Tensor]]:
+def load(rows: Sequence[Row], order: Sampler[list[int]], padding: int) -> DataLoader[dict[str, Tensor]]:
     """The batches of an order."""
     return DataLoader(rows, batch_sampler=order, collate_fn=lambda chosen: collate(chosen, padding))  # type: ignore[arg-type]
 
 
 def in_order(rows: Sequence[Row], size: int, padding: int) -> DataLoader[dict[str, Tensor]]:
     """All rows, `size` at a time, for evaluation."""
-    return load(rows, [list(range(len(rows)))[start : start + size] for start in range(0, len(rows), size)], padding)
+    return load(rows, BatchSampler(range(len(rows)), size, drop_last=False), padding)

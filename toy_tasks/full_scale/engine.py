@@ -5,16 +5,16 @@ torch's `fully_shard` here: per decoder block, with the adapters left whole (`ig
 over the ranks once per optimizer step.
 """
 
-import contextlib
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import vector_to_parameters
 
 from ..config import UsageError
 
@@ -66,16 +66,11 @@ class Engine:
             fully_shard(block, mesh=mesh, ignored_params=ignored)
         fully_shard(model, mesh=mesh, ignored_params=ignored)
 
-    @contextlib.contextmanager
-    def last_backward(self, prepared: nn.Module, last: bool) -> Any:
+    def last_backward(self, prepared: nn.Module, last: bool) -> AbstractContextManager[None]:
         """Around a backward pass: gradients meet those of the other ranks in the last one before an optimizer step only."""
-        if self.kind == "ddp" and not last:
-            with self.accelerator.no_sync(prepared):
-                yield
-        else:
-            if self.kind == "fsdp":
-                prepared.set_requires_gradient_sync(last)  # type: ignore[operator]
-            yield
+        if self.kind == "fsdp":
+            prepared.set_requires_gradient_sync(last)  # type: ignore[operator]
+        return nullcontext() if last else self.accelerator.no_sync(prepared)
 
     def average_gradients(self) -> None:
         """The mean over ranks of the gradients of what was left whole; DDP and FSDP take that of the rest."""
@@ -84,18 +79,14 @@ class Engine:
         grads = [p.grad for p in self.whole if p.grad is not None]
         for dtype in {grad.dtype for grad in grads}:
             same = [grad for grad in grads if grad.dtype == dtype]
-            flat = torch.cat([grad.flatten() for grad in same])
-            dist.all_reduce(flat)
-            for grad, mean in zip(same, (flat / self.ranks).split([grad.numel() for grad in same]), strict=True):
-                grad.copy_(mean.view_as(grad))
+            mean: Tensor = self.accelerator.reduce(torch.cat([grad.flatten() for grad in same]), "mean")
+            vector_to_parameters(mean, same)
 
     def sum(self, value: float) -> float:
         """The sum over ranks of one number of each."""
         if self.ranks == 1:
             return value
-        total = torch.tensor(value, dtype=torch.float64, device="cpu" if self.device.type == "cpu" else self.device)
-        dist.all_reduce(total)
-        return float(total)
+        return float(self.accelerator.reduce(torch.tensor(value, dtype=torch.float64, device=self.device), "sum"))
 
     def take_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Every rank gets rank 0's values, in place; a tensor that several layers share is sent once."""

@@ -1,4 +1,14 @@
-"""A run from its settings to its report: load, put the method in, train, evaluate."""
+"""A run from its settings to its report: load, put the method in, train, evaluate.
+
+Why `fit` is a loop of its own and no subclass of `transformers.Trainer` (5.23): with one the same tests pass, but it is as
+long, since most of what it inherits has to be replaced. The model's loss and the logged sum of losses are float32.
+`_save_checkpoint` writes pickles into a folder that has its final name from the start; what a full disk leaves of it,
+`get_last_checkpoint` takes for a checkpoint. An epoch ends with a smaller step of the rows left over, so `micro_batch` changes
+how many steps there are. `evaluation_loop` takes the mean of the batches' means, not of the tokens. In one process that sees
+several GPUs `_wrap_model` takes `nn.DataParallel`. A model that `fully_shard` has sharded is given to DDP, which fails, unless
+a private flag on it is set, with which `Trainer` refuses checkpoints that can be resumed. `DataCollatorForSeq2Seq` refuses
+packed rows, and with its mask the examples in them would see each other.
+"""
 
 import dataclasses
 import json
