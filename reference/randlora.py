@@ -28,7 +28,7 @@ Where the public codes differ (`PaulAlbert31/RandLoRA` with four sub-projects, `
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -238,13 +238,11 @@ class _ThroughBase(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the arguments of `forward`, None for those that are frozen or no tensors."""
         (x, gammas, A, lambdas), (grad_z,) = ctx.saved_tensors, grads
-        grad_x = grad_A = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _ThroughBase.forward(grad_z, gammas, A, lambdas, ctx.scaling, not ctx.turned)
+        grad_x = _ThroughBase.forward(grad_z, gammas, A, lambdas, ctx.scaling, not ctx.turned) if ctx.needs_input_grad[0] else None
         g = (x.mT @ grad_z if ctx.turned else grad_z.mT @ x).view(*lambdas.shape, -1)
         scaled = ctx.scaling * lambdas
-        if ctx.needs_input_grad[2]:  # not in training, where the base is frozen
-            grad_A = torch.einsum("jki,jk,ji->ki", g, scaled, gammas)
+        # The base is frozen in training
+        grad_A = torch.einsum("jki,jk,ji->ki", g, scaled, gammas) if ctx.needs_input_grad[2] else None
         # g may be overwritten, unless this backward is to be differentiated itself
         grad_gammas, grad_lambdas = _of_diagonals(g * A if torch.is_grad_enabled() else g.mul_(A), gammas, scaled)
         return grad_x, grad_gammas, grad_A, ctx.scaling * grad_lambdas, None, None
@@ -285,12 +283,14 @@ def forward(
     check_shapes(x=(x, "... in"), W0=(W0, "out in"), bias=(bias, "out"))
     wide = _check_factors(gammas, A, lambdas, B, W0=W0)
     rows, columns = _rows(_drop(x, mask, p)), B.flatten(1)
+    # Without a graph the plain function is enough
+    through: Callable[..., Tensor] = _ThroughBase.apply if torch.is_grad_enabled() else _ThroughBase.forward
     if wide:
         # y = W0 x + s A~^T B~^T x; in this order of the two paths the least memory is held at once
-        turned: Tensor = _ThroughBase.apply(rows @ columns, gammas, A, lambdas, scaling, True)  # type: ignore[no-untyped-call]
+        turned = through(rows @ columns, gammas, A, lambdas, scaling, True)
         return nn.functional.linear(x, W0, bias) + turned.view(*x.shape[:-1], len(W0))
     frozen = nn.functional.linear(x, W0, bias)
-    hidden: Tensor = _ThroughBase.apply(rows, gammas, A, lambdas, scaling, False)  # type: ignore[no-untyped-call]
+    hidden = through(rows, gammas, A, lambdas, scaling, False)
     # y = W0 x + s B~ A~ x; addmm adds the product while it is formed, which saves one pass over y
     return torch.addmm(_rows(frozen), hidden, columns.mT).view_as(frozen)
 
