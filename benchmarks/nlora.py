@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from _results import write
+from _results import promise, write
 
 from loracle.reference import nlora
 
@@ -74,8 +74,12 @@ def main(widths: tuple[int, ...], keep: bool) -> None:
     exponents = {name: exponent(widths, times) for name, times in found.items()} if len(widths) > 1 else {}
     for name, power in exponents.items():
         print(f"{name:22} grows with the width to the power {power:.2f}")
+    promises = []
+    for other in (SLOW, "PiSSA, randomised SVD"):
+        says = f"NLoRA's start (block), {widths[-1]} x {widths[-1]}, rank {RANK}, as a share of the time of {other}"
+        promises.append(promise(says, found["block"][-1] / found[other][-1], 1.0))
     if keep:
-        write("nlora", {"rank": RANK, "widths": widths, "seconds": found, "exponents": exponents})
+        write("nlora", {"rank": RANK, "widths": widths, "seconds": found, "exponents": exponents, "promises": promises})
 
 
 if __name__ == "__main__":
