@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
+from loracle.oracle_tests.draws import assert_uniform, seeded
 from loracle.oracle_tests.law import assert_close, law, theorem
 from loracle.oracle_tests.loading import Derivation
 from loracle.oracle_tests.problems import LinearRegression, slope
@@ -174,18 +175,9 @@ def draws(draw: st.DrawFn) -> Draws:
     examples=5,
 )
 def test_draw_of_the_start(impl, case):
-    A, bound = np.stack([_start(impl, case, i).A for i in range(20)]), 1 / np.sqrt(case.W0.shape[1])
-    beyond = np.maximum(np.abs(A) - bound, 0)
-    assert_close(beyond, np.zeros_like(beyond), size=bound, what="part of A beyond the bound")
-    # 960 or more uniform entries all stay below 0.95 of the bound with probability 2e-11, and all above -0.95 with as much
-    assert A.max() > 0.95 * bound, f"the largest entry of A is {A.max()}, far inside the bound {bound}"
-    assert A.min() < -0.95 * bound, f"the smallest entry of A is {A.min()}; the interval reaches down to {-bound}"
-    # Mean square 1/3 with variance 4/45, and mean 0, of the entries over the bound: seven standard errors
-    unit = A / bound
-    assert_close((unit**2).mean(), 1 / 3, within=7 * np.sqrt(4 / 45 / A.size), what="mean square of sqrt(in) A")
-    assert_close(unit.mean(), 0.0, within=7 * np.sqrt(1 / 3 / A.size), what="mean of sqrt(in) A")
-    assert_close(_start(impl, case).A, A[0], size=0, what="A from the same seed")
-    assert np.any(A[1] != A[0]), "two seeds gave the same A; draw from the argument `generator`"
+    A = np.stack([_start(impl, case, i).A for i in range(20)])
+    assert_uniform(A, 1 / np.sqrt(case.W0.shape[1]), "A")
+    seeded(lambda i: _start(impl, case, i), 0, "A")
 
 
 # Forward and merge

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
+from loracle.oracle_tests.draws import assert_normal, assert_uniform, seeded
 from loracle.oracle_tests.law import assert_close, law, theorem
 from loracle.oracle_tests.loading import Derivation
 from loracle.oracle_tests.problems import LinearRegression, slope
@@ -371,20 +372,10 @@ def draws(draw: st.DrawFn) -> Draw:
     examples=5,
 )
 def test_noise(impl, case):
-    for name, second, fourth in (("normal", 1.0, 3.0), ("uniform", 1 / 3, 1 / 5)):
+    for name, assert_drawn in (("normal", assert_normal), ("uniform", assert_uniform)):
         options = {"W0": case.W0, "rank": case.rank, "distribution": name}
-        e = impl.draw_noise(generator=case.seed, **options)
-        # Standard errors of the means of e and of e^2, with a false alarm below 1e-7 each
-        assert_close(e.mean(), 0.0, within=6 * np.sqrt(second / e.size), what=f"mean of {name} noise")
-        spread = np.sqrt((fourth - second**2) / e.size)
-        assert_close((e**2).mean(), second, within=8 * spread, what=f"mean square of {name} noise")
-        # Of 460 uniform numbers all lie below 0.95 with probability 6e-11; of normal ones all below 1.9 with 2e-12
-        low, high = (1.9, np.inf) if name == "normal" else (0.95, 1.0)
-        largest = np.abs(e).max()
-        assert low < largest <= high, f"largest entry of {name} noise is {largest:.3g}; needed {low} to {high}"
-        again, other = (impl.draw_noise(generator=case.seed + i, **options) for i in range(2))
-        assert_close(again, e, size=0, what="noise of the same seed")
-        assert np.any(other != e), "two seeds gave the same noise; draw from the argument `generator`"
+        e = seeded(lambda seed, options=options: impl.draw_noise(generator=seed, **options), case.seed, "noise")
+        assert_drawn(e, 1.0, f"{name} noise")
     plain = impl.draw_noise(W0=case.W0, rank=case.rank, generator=case.seed)
     assert np.abs(plain).max() > 1, "without a name the noise is not normal"
 

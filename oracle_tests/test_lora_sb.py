@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
+from loracle.oracle_tests.draws import assert_normal, seeded
 from loracle.oracle_tests.law import assert_close, law, theorem
 from loracle.oracle_tests.loading import Derivation
 from loracle.oracle_tests.problems import LinearRegression, LogisticRegression, slope
@@ -821,20 +822,8 @@ def draws(draw: st.DrawFn) -> Draw:
 def test_draw_of_xs(impl, case):
     for sigma, given in ((case.sigma, {"sigma": case.sigma}), (1e-5, {})):
         options = {"W0": case.W0, "rank": case.rank, **given}
-        R = impl.init_xs(generator=case.seed, **options).R / sigma
-        _assert_normal(R)
-        again, other = (impl.init_xs(generator=case.seed + i, **options).R / sigma for i in range(2))
-        assert_close(again, R, size=0, what="R from the same seed")
-        assert np.any(other != R), "two seeds gave the same R; draw from the argument `generator`"
-
-
-def _assert_normal(values):
-    """Assert that 480 or more numbers look standard normal, with a false alarm below 1e-6."""
-    # Standard errors of the mean and of the second moment of N normal numbers: 1/sqrt(N) and sqrt(2/N)
-    assert_close(values.mean(), 0.0, within=6 / np.sqrt(values.size), what="mean of what is drawn")
-    assert_close((values**2).mean(), 1.0, within=8 * np.sqrt(2 / values.size), what="mean square of what is drawn")
-    # All of 480 stay below two standard deviations with probability 2e-10; uniform numbers never leave 1.74
-    assert np.abs(values).max() > 2, f"none of {values.size} entries exceeds two standard deviations: no Gaussian"
+        start = seeded(lambda seed, options=options: impl.init_xs(generator=seed, **options), case.seed, "R")
+        assert_normal(start.R, sigma, "R")
 
 
 # The randomised decomposition
@@ -949,13 +938,9 @@ def sketch_cases(draw: st.DrawFn) -> SketchCase:
 )
 def test_sketch(impl, case):
     for rank in (12, 16):
-        sketch = impl.draw_sketch(update=case.update, rank=rank, generator=case.seed)
+        sketch = seeded(lambda seed, rank=rank: impl.draw_sketch(update=case.update, rank=rank, generator=seed), case.seed, "sketch")
         assert sketch.shape == (case.update.shape[1], rank), f"for rank {rank} the sketch has shape {sketch.shape}"
-        _assert_normal(sketch)
-        again = impl.draw_sketch(update=case.update, rank=rank, generator=case.seed)
-        assert_close(again, sketch, size=0, what="the sketch from the same seed")
-        other = impl.draw_sketch(update=case.update, rank=rank, generator=case.seed + 1)
-        assert np.any(other != sketch), "two seeds gave the same sketch; draw from the argument `generator`"
+        assert_normal(sketch, 1.0, "the sketch")
 
 
 # Theorem checks: the mathematics itself

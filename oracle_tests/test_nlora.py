@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
+from loracle.oracle_tests.draws import assert_normal, assert_uniform, seeded
 from loracle.oracle_tests.law import assert_close, law, theorem
 from loracle.oracle_tests.loading import Derivation
 from loracle.oracle_tests.problems import LogisticRegression, slope
@@ -473,26 +474,6 @@ def test_first_step_of_slora(impl, case):
     assert_close(moved, want, size=size, what="Delta W after the first step")
 
 
-def _assert_uniform(values, bound, what):
-    """Assert that 480 or more numbers look uniform within the bound, with a false alarm below 1e-6."""
-    u = values / bound
-    beyond = np.maximum(np.abs(values) - bound, 0)  # the bound itself may be rounded up
-    assert_close(beyond, 0 * values, size=bound, what=f"what {what} has beyond its bound {bound:.3g}")
-    # All of 480 stay below 0.95 with probability 2e-11
-    assert np.abs(u).max() > 0.95, f"none of the {u.size} entries of {what} is near its bound {bound:.3g}"
-    assert_close(u.mean(), 0.0, within=7 / np.sqrt(3 * u.size), what=f"mean of {what} over its bound")
-    assert_close((u**2).mean(), 1 / 3, within=7 * np.sqrt(4 / 45 / u.size), what=f"mean square of {what} over its bound")
-
-
-def _assert_normal(values, width, what):
-    """Assert that 480 or more numbers look normal of that width, with a false alarm below 1e-6."""
-    z = values / width
-    assert_close(z.mean(), 0.0, within=6 / np.sqrt(z.size), what=f"mean of {what} over its width")
-    assert_close((z**2).mean(), 1.0, within=8 * np.sqrt(2 / z.size), what=f"mean square of {what} over its width")
-    # All of 480 stay below two standard deviations with probability 2e-10; uniform numbers never leave 1.74
-    assert np.abs(z).max() > 2, f"none of the {z.size} entries of {what} exceeds two standard deviations: no Gaussian"
-
-
 @law(
     "nlora.L1c",
     says="Unless told otherwise A is uniform within one over the root of `in`, N within one over the root of the rank.",
@@ -504,8 +485,8 @@ def _assert_normal(values, width, what):
 )
 def test_draws_of_slora(impl, case):
     A, N, _ = impl.init_slora(W0=case.W0, rank=case.rank, generator=case.seed)
-    _assert_uniform(A, 1 / np.sqrt(case.W0.shape[1]), "A")
-    _assert_uniform(N, 1 / np.sqrt(case.rank), "N")
+    assert_uniform(A, 1 / np.sqrt(case.W0.shape[1]), "A")
+    assert_uniform(N, 1 / np.sqrt(case.rank), "N")
     count = min(A.size, N.size)
     alike = np.corrcoef(A.ravel()[:count], N.ravel()[:count])[0, 1]
     assert abs(alike) < 7 / np.sqrt(count), f"A and N are drawn from the same numbers: their correlation is {alike:.2f}"
@@ -521,21 +502,15 @@ def test_draws_of_slora(impl, case):
     examples=6,
 )
 def test_gaussian_draws_of_slora(impl, case):
-    options = {"W0": case.W0, "rank": case.rank}
     for distribution, core in (("gaussian", "kaiming"), ("kaiming", "gaussian")):
-        words = {"distribution": distribution, "core": core}
-        A, N, _ = impl.init_slora(generator=case.seed, **options, **words)
+        words = {"W0": case.W0, "rank": case.rank, "distribution": distribution, "core": core}
+        A, N, _ = seeded(lambda seed, words=words: impl.init_slora(generator=seed, **words), case.seed, "A", "N")
         if distribution == "gaussian":
-            _assert_normal(A, 1 / case.rank, "A")
-            _assert_uniform(N, 1 / np.sqrt(case.rank), "N")
+            assert_normal(A, 1 / case.rank, "A")
+            assert_uniform(N, 1 / np.sqrt(case.rank), "N")
         else:
-            _assert_uniform(A, 1 / np.sqrt(case.W0.shape[1]), "A")
-            _assert_normal(N, 1 / case.rank, "N")
-        again = impl.init_slora(generator=case.seed, **options, **words)
-        other = impl.init_slora(generator=case.seed + 1, **options, **words)
-        for name, drawn in (("A", A), ("N", N)):
-            assert_close(getattr(again, name), drawn, size=0, what=f"{name} from the same seed")
-            assert np.any(getattr(other, name) != drawn), f"two seeds gave the same {name}; draw from the argument `generator`"
+            assert_uniform(A, 1 / np.sqrt(case.W0.shape[1]), "A")
+            assert_normal(N, 1 / case.rank, "N")
 
 
 # Landmarks: the blocks of the weight
