@@ -10,6 +10,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 ENTRIES = ("small whole numbers", "normal")
+# Values at which wrong formulas do not agree with right ones: no 1, and no square of another
+SCALINGS = (2.0, 0.5, 3.0, 1.25)
 
 
 def sides(low: int = 1, high: int = 8) -> st.SearchStrategy[int]:
@@ -25,6 +27,16 @@ def seeds() -> st.SearchStrategy[int]:
 def entries() -> st.SearchStrategy[str]:
     """Which kind of entries `matrices` makes."""
     return st.sampled_from(ENTRIES)
+
+
+def scalings() -> st.SearchStrategy[float]:
+    """The number s of a layer."""
+    return st.sampled_from(SCALINGS)
+
+
+def leads() -> st.SearchStrategy[tuple[int, ...]]:
+    """What stands before the features in the shape of a layer's input: one sample, some, or a batch of sequences."""
+    return st.sampled_from([(), (3,), (2, 2)])
 
 
 class Matrices:

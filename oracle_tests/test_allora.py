@@ -15,7 +15,7 @@ from loracle.oracle_tests.draws import assert_normal, assert_uniform, seeded
 from loracle.oracle_tests.law import assert_close, law, theorem
 from loracle.oracle_tests.loading import Derivation
 from loracle.oracle_tests.problems import LogisticRegression, slope
-from loracle.oracle_tests.strategies import Matrices, entries, seeds, sides
+from loracle.oracle_tests.strategies import Matrices, entries, leads, seeds, sides
 
 # No 1, whose square and inverse are itself
 ETAS = (2.0, 0.5, 8.0, 3.0)
@@ -51,7 +51,7 @@ def _wide(matrices, rank, columns):
 def layers(draw: st.DrawFn, low: int = 1, high: int = 7) -> Layer:
     out_features, in_features = draw(sides(low, high)), draw(sides(low, high))
     rank = draw(st.integers(1, min(out_features, in_features)))
-    lead = draw(st.sampled_from([(), (3,), (2, 2)]))
+    lead = draw(leads())
     empty = draw(st.integers(0, out_features - 1))
     seed = draw(seeds())
     matrices = Matrices(seed, draw(entries()))

@@ -15,10 +15,8 @@ from loracle.oracle_tests.draws import assert_uniform, seeded
 from loracle.oracle_tests.law import assert_close, law, theorem
 from loracle.oracle_tests.loading import Derivation
 from loracle.oracle_tests.problems import LinearRegression, slope
-from loracle.oracle_tests.strategies import Matrices, entries, seeds, sides
+from loracle.oracle_tests.strategies import Matrices, entries, leads, scalings, seeds, sides
 
-# Values at which wrong formulas do not agree with right ones
-SCALINGS = (2.0, 0.5, 3.0, 1.25)
 ORDERS = ("add_first", "blockwise")
 
 
@@ -45,7 +43,7 @@ def layers(draw: st.DrawFn, beyond: int = 0, blocks: tuple[int, ...] = (2, 3, 1,
     """`beyond`: by how much both sides exceed the rank of a block at least."""
     count, short = draw(st.sampled_from(blocks)), draw(st.integers(1, 3))
     out_features, in_features = draw(sides(short + beyond, 6)), draw(sides(short + beyond, 6))
-    lead = draw(st.sampled_from([(), (3,), (2, 2)]))
+    lead = draw(leads())
     seed = draw(seeds())
     matrices = Matrices(seed, draw(entries()))
     C = matrices(count, out_features, short)
@@ -57,7 +55,7 @@ def layers(draw: st.DrawFn, beyond: int = 0, blocks: tuple[int, ...] = (2, 3, 1,
         A=matrices(short, in_features),
         B=matrices(count, out_features, short),
         C=C,
-        scaling=draw(st.sampled_from(SCALINGS)),
+        scaling=draw(scalings()),
         bias=matrices(out_features),
         mask=matrices.mask(*lead, in_features),
         p=draw(st.sampled_from([0.5, 0.25])),
@@ -99,7 +97,7 @@ def starts(draw: st.DrawFn, high: int = 7) -> Start:
     blocks, short = draw(st.sampled_from([2, 3, 1])), draw(st.sampled_from([1, 2]))
     rank, seed = blocks * short, draw(seeds())
     W0 = Matrices(seed, draw(entries()))(draw(sides(rank, high)), draw(sides(rank, high)))
-    return Start(W0, rank, blocks, draw(st.sampled_from(SCALINGS)), seed)
+    return Start(W0, rank, blocks, draw(scalings()), seed)
 
 
 def _start(impl, case, i=0):
@@ -1002,7 +1000,7 @@ def features(draw: st.DrawFn) -> Features:
     out_block, in_block = draw(sides(1, 3)), draw(sides(1, 3))
     matrices = Matrices(draw(seeds()), draw(entries()))
     A, B = matrices(rank, in_block), matrices(blocks, out_block, rank)
-    return Features(matrices(blocks * in_block), A, B, draw(st.sampled_from(SCALINGS)))
+    return Features(matrices(blocks * in_block), A, B, draw(scalings()))
 
 
 @law(

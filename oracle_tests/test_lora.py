@@ -10,9 +10,7 @@ from loracle.oracle_tests.draws import assert_normal, assert_uniform, seeded
 from loracle.oracle_tests.law import assert_close, law, theorem
 from loracle.oracle_tests.loading import Derivation
 from loracle.oracle_tests.problems import LogisticRegression, slope
-from loracle.oracle_tests.strategies import Matrices, entries, seeds, sides
-
-SCALINGS = (2.0, 0.5, 3.0, 1.25)
+from loracle.oracle_tests.strategies import Matrices, entries, leads, scalings, seeds, sides
 
 
 class Layer(NamedTuple):
@@ -37,7 +35,7 @@ class Layer(NamedTuple):
 def layers(draw: st.DrawFn, low: int = 1, high: int = 7, below_full_rank: bool = False) -> Layer:
     out_features, in_features = draw(sides(low, high)), draw(sides(low, high))
     rank = draw(st.integers(1, min(out_features, in_features) - below_full_rank))
-    lead = draw(st.sampled_from([(), (3,), (2, 2)]))
+    lead = draw(leads())
     seed = draw(seeds())
     matrices = Matrices(seed, draw(entries()))
     return Layer(
@@ -47,7 +45,7 @@ def layers(draw: st.DrawFn, low: int = 1, high: int = 7, below_full_rank: bool =
         W0=matrices(out_features, in_features),
         A=matrices(rank, in_features),
         B=matrices(out_features, rank),
-        scaling=draw(st.sampled_from(SCALINGS)),
+        scaling=draw(scalings()),
         bias=matrices(out_features),
         mask=matrices.mask(*lead, in_features),
         p=draw(st.sampled_from([0.5, 0.25])),
@@ -622,7 +620,7 @@ def dropout_cases(draw: st.DrawFn) -> DropoutCase:
         W0=matrices(out_features, in_features),
         A=matrices(rank, in_features),
         B=matrices(out_features, rank),
-        scaling=draw(st.sampled_from(SCALINGS)),
+        scaling=draw(scalings()),
         p=draw(st.sampled_from([0.5, 0.25])),
     )
 

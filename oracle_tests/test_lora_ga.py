@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 from loracle.oracle_tests.draws import assert_normal, seeded
 from loracle.oracle_tests.law import assert_close, law, theorem
 from loracle.oracle_tests.problems import LogisticRegression, slope
-from loracle.oracle_tests.strategies import Matrices, entries, seeds
+from loracle.oracle_tests.strategies import Matrices, entries, scalings, seeds
 
 # Values at which wrong formulas do not agree with right ones: no 1, no default, no root of a side
 ALPHAS = (16.0, 3.0, 5.0)
-SCALINGS = (2.0, 0.5, 3.0, 1.25)
 GAMMAS = (5.0, 2.5, 40.0)
 NAMED = ("ArB2r", "A2rBr", "ArBr")
 DIRECTIONS = (*NAMED, "random")
@@ -56,7 +55,7 @@ def starts(draw: st.DrawFn, ranks: tuple[int, ...] = (1, 2, 3), beyond: tuple[in
         W0=2 * matrices.separated(out_features, in_features),
         rank=rank,
         alpha=draw(st.sampled_from(ALPHAS)),
-        scaling=draw(st.sampled_from(SCALINGS)),
+        scaling=draw(scalings()),
         gamma=draw(st.sampled_from(GAMMAS)),
         kappa=draw(st.sampled_from([3.0, -0.7, 0.01])),
         lr=draw(st.sampled_from([0.5, 0.125])),
@@ -131,7 +130,7 @@ def corrections(draw: st.DrawFn) -> Correction:
     matrices = Matrices(draw(seeds()), draw(entries()))
     # Thirds exist in no precision
     W0, A, B = matrices(out_features, in_features), matrices(rank, in_features) / 3, matrices(out_features, rank)
-    return Correction(W0, A, B, draw(st.sampled_from(SCALINGS)))
+    return Correction(W0, A, B, draw(scalings()))
 
 
 @law(

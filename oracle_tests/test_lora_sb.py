@@ -14,10 +14,7 @@ from loracle.oracle_tests.draws import assert_normal, seeded
 from loracle.oracle_tests.law import assert_close, law, theorem
 from loracle.oracle_tests.loading import Derivation
 from loracle.oracle_tests.problems import LinearRegression, LogisticRegression, slope
-from loracle.oracle_tests.strategies import Matrices, entries, seeds, sides
-
-# Values at which wrong formulas do not agree with right ones: no 1, no power that is one of the others
-SCALINGS = (2.0, 0.5, 3.0, 1.25)
+from loracle.oracle_tests.strategies import Matrices, entries, leads, scalings, seeds, sides
 
 
 class Layer(NamedTuple):
@@ -52,7 +49,7 @@ def layers(draw: st.DrawFn, low: int = 1, high: int = 7, full_rank: bool = False
     out_features = draw(sides(low, high))
     in_features = out_features if full_rank else draw(sides(low, high))
     rank = out_features if full_rank else draw(st.integers(1, min(out_features, in_features)))
-    lead = draw(st.sampled_from([(), (3,), (2, 2)]))
+    lead = draw(leads())
     seed = draw(seeds())
     matrices = Matrices(seed, draw(entries()))
     return Layer(
@@ -63,7 +60,7 @@ def layers(draw: st.DrawFn, low: int = 1, high: int = 7, full_rank: bool = False
         R=matrices(rank, rank),
         B=_factor(matrices, out_features, rank),
         D=matrices(rank, rank),
-        scaling=draw(st.sampled_from(SCALINGS)),
+        scaling=draw(scalings()),
         bias=matrices(out_features),
         rank=rank,
         lr=draw(st.sampled_from([0.5, 0.125])),
@@ -376,7 +373,7 @@ def starts(draw: st.DrawFn, low: int = 1, full_rank: bool = False) -> Start:
         W0=matrices(out_features, in_features),
         G=np.sign(normal) * (0.25 + np.abs(normal)),
         rank=smallest if full_rank else draw(st.integers(1, smallest)),
-        scaling=draw(st.sampled_from(SCALINGS)),
+        scaling=draw(scalings()),
         lr=draw(st.sampled_from([0.5, 0.125, 0.01])),
         adam_eps=draw(st.sampled_from([0.5, 0.125])),
         seed=seed,

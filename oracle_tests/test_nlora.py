@@ -15,10 +15,8 @@ from loracle.oracle_tests.draws import assert_normal, assert_uniform, seeded
 from loracle.oracle_tests.law import assert_close, law, theorem
 from loracle.oracle_tests.loading import Derivation
 from loracle.oracle_tests.problems import LogisticRegression, slope
-from loracle.oracle_tests.strategies import Matrices, entries, seeds, sides
+from loracle.oracle_tests.strategies import Matrices, entries, leads, scalings, seeds, sides
 
-# Values at which wrong formulas do not agree with right ones: no 1, no power that is one of the others
-SCALINGS = (2.0, 0.5, 3.0, 1.25)
 METHODS = ("nlora", "slora", "inttune")
 
 
@@ -47,7 +45,7 @@ class Layer(NamedTuple):
 def layers(draw: st.DrawFn, low: int = 1, high: int = 7) -> Layer:
     out_features, in_features = draw(sides(low, high)), draw(sides(low, high))
     rank = draw(st.integers(1, min(out_features, in_features)))
-    lead = draw(st.sampled_from([(), (3,), (2, 2)]))
+    lead = draw(leads())
     seed = draw(seeds())
     matrices = Matrices(seed, draw(entries()))
     return Layer(
@@ -60,7 +58,7 @@ def layers(draw: st.DrawFn, low: int = 1, high: int = 7) -> Layer:
         A0=matrices(rank, in_features),
         N0=matrices(rank, rank),
         B0=matrices(out_features, rank),
-        scaling=draw(st.sampled_from(SCALINGS)),
+        scaling=draw(scalings()),
         bias=matrices(out_features),
         mask=matrices.mask(*lead, in_features),
         p=draw(st.sampled_from([0.5, 0.25])),
@@ -437,7 +435,7 @@ def draws(draw: st.DrawFn, large: bool = False) -> Draw:
     matrices = Matrices(seed, draw(entries()))
     rank = draw(st.integers(22, 24) if large else st.integers(1, 4))
     shape = (draw(st.integers(rank, rank + 2)), draw(st.integers(rank + 3, rank + 7)))
-    return Draw(matrices(*shape), matrices(*shape), rank, draw(st.sampled_from(SCALINGS)), draw(st.sampled_from([0.5, 0.125])), seed)
+    return Draw(matrices(*shape), matrices(*shape), rank, draw(scalings()), draw(st.sampled_from([0.5, 0.125])), seed)
 
 
 @law(
@@ -544,7 +542,7 @@ def landmarks(draw: st.DrawFn, first: bool = False, low: int = 1, condition: flo
         block = np.eye(rank) + 0.5 * np.eye(rank, k=1)
         block = block[matrices.rng.permutation(rank)] * matrices.rng.choice([1.0, -1.0, 2.0], rank)[:, None]
     W0[np.ix_(rows, cols)] = block
-    return Landmarks(W0, rows, cols, rank, draw(st.sampled_from(SCALINGS)), seed)
+    return Landmarks(W0, rows, cols, rank, draw(scalings()), seed)
 
 
 def _blocks(case):
@@ -953,7 +951,7 @@ def fits(draw: st.DrawFn, full_rank: bool = True) -> Fit:
     if not full_rank:
         for factor in (A, B):
             factor[:, 1] = factor[:, 0]
-    return Fit(matrices(out_features, in_features), A.T.copy(), B, draw(st.sampled_from(SCALINGS)))
+    return Fit(matrices(out_features, in_features), A.T.copy(), B, draw(scalings()))
 
 
 def _best_core(case, rcond=None):

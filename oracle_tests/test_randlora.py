@@ -14,10 +14,7 @@ from loracle.oracle_tests.draws import seeded
 from loracle.oracle_tests.law import TooCoarse, assert_close, law, theorem
 from loracle.oracle_tests.loading import Derivation
 from loracle.oracle_tests.problems import LogisticRegression, slope
-from loracle.oracle_tests.strategies import Matrices, entries, seeds, sides
-
-# Values at which wrong formulas do not agree with right ones: no 1, no power that is one of the others
-SCALINGS = (2.0, 0.5, 3.0, 1.25)
+from loracle.oracle_tests.strategies import Matrices, entries, leads, scalings, seeds, sides
 
 
 class Layer(NamedTuple):
@@ -48,7 +45,7 @@ class Factors(NamedTuple):
 
 
 def _make_layer(draw, out_features, in_features, rank):
-    lead = draw(st.sampled_from([(), (3,), (2, 2)]))
+    lead = draw(leads())
     seed = draw(seeds())
     matrices = Matrices(seed, draw(entries()))
     small, large = sorted((out_features, in_features))
@@ -61,7 +58,7 @@ def _make_layer(draw, out_features, in_features, rank):
         A=matrices(rank, small),
         lambdas=matrices(bases, rank),
         B=matrices(large, bases, rank),
-        scaling=draw(st.sampled_from(SCALINGS)),
+        scaling=draw(scalings()),
         bias=matrices(out_features),
         mask=matrices.mask(*lead, in_features),
         p=draw(st.sampled_from([0.5, 0.25])),
@@ -362,7 +359,7 @@ def drawn(draw: st.DrawFn) -> Drawn:
         W0=matrices(out_features, in_features),
         gammas=signs * matrices.rng.uniform(0.5, 2, (bases, small)),
         lambdas=matrices.rng.uniform(0.5, 2, (bases, rank)),
-        scaling=draw(st.sampled_from(SCALINGS)),
+        scaling=draw(scalings()),
         rank=rank,
         seed=seed,
     )
