@@ -12,6 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from loracle.oracle_tests.draws import assert_normal, assert_uniform, seeded
+from loracle.oracle_tests.expected import assert_linear, outer_sum
 from loracle.oracle_tests.law import assert_close, law, theorem
 from loracle.oracle_tests.loading import Derivation
 from loracle.oracle_tests.problems import LogisticRegression, slope
@@ -108,12 +109,6 @@ def _by_rows(G, A, B, d):
 def _assert_gradients(got, want, size):
     for name, one, right, scale in zip(("grad_A", "grad_B"), got, want, size, strict=True):
         assert_close(one, right, size=scale, what=name)
-
-
-def _update(A, B):
-    """B A as a sum of outer products, and the size of what is summed."""
-    terms = [np.multiply.outer(B[:, k], A[k]) for k in range(len(A))]
-    return np.sum(terms, axis=0), np.sum(np.abs(terms), axis=0)
 
 
 def _delta_weight(impl, A, B):
@@ -318,15 +313,11 @@ def test_backward_is_gradients(impl, case):
     cases=layers(),
 )
 def test_forward(impl, case):
-    delta, size = _update(case.A, case.B)
+    delta, size = outer_sum(case.A, case.B)
     for bias in (case.bias, 0 * case.bias):
         given = {"bias": bias} if bias.any() else {}
         y = impl.forward(x=case.x, W0=case.W0, A=case.A, B=case.B, **given)
-        want, scale = np.zeros_like(y), np.zeros_like(y)
-        for position in np.ndindex(y.shape[:-1]):
-            want[position] = (case.W0 + delta) @ case.x[position] + bias
-            scale[position] = (np.abs(case.W0) + size) @ np.abs(case.x[position]) + np.abs(bias)
-        assert_close(y, want, size=scale, what="y")
+        assert_linear(y, case.x, case.W0 + delta, bias, size=np.abs(case.W0) + size)
 
 
 @law(
@@ -339,8 +330,8 @@ def test_forward(impl, case):
 )
 def test_dense_layer(impl, case):
     factors = {"W0": case.W0, "A": case.A, "B": case.B}
-    W, weights = impl.merge(**factors), np.abs(case.W0) + _update(case.A, case.B)[1]
-    assert_close(impl.forward(x=case.x, **factors), case.x @ W.T, size=np.abs(case.x) @ weights.T, what="y")
+    W, weights = impl.merge(**factors), np.abs(case.W0) + outer_sum(case.A, case.B)[1]
+    assert_linear(impl.forward(x=case.x, **factors), case.x, W, size=weights)
     grad_x = impl.backward(grad_y=case.grad_y, x=case.x, eta=case.eta, **factors).grad_x
     assert_close(grad_x, case.grad_y @ W, size=np.abs(case.grad_y) @ weights, what="grad_x")
 
@@ -354,7 +345,7 @@ def test_dense_layer(impl, case):
     cases=layers(),
 )
 def test_merge(impl, case):
-    delta, size = _update(case.A, case.B)
+    delta, size = outer_sum(case.A, case.B)
     assert_close(impl.delta_weight(A=case.A, B=case.B), delta, size=size, what="Delta W")
     assert_close(impl.merge(W0=case.W0, A=case.A, B=case.B), case.W0 + delta, size=np.abs(case.W0) + size, what="W")
 
@@ -368,7 +359,7 @@ def test_merge(impl, case):
     cases=layers(),
 )
 def test_unmerge(impl, case):
-    delta, size = _update(case.A, case.B)
+    delta, size = outer_sum(case.A, case.B)
     assert_close(impl.unmerge(W=case.W0, A=case.A, B=case.B), case.W0 - delta, size=np.abs(case.W0) + size, what="W0")
 
 
@@ -811,12 +802,12 @@ def _masks(count, p):
 )
 def test_dropout_penalty(impl, case):
     masks, chances = _masks(case.x.shape[1], case.p)
-    delta = case.scaling * _update(case.A, case.B)[0]
+    delta = case.scaling * outer_sum(case.A, case.B)[0]
     got = impl.dropout_penalty(x=case.x, A=case.A, B=case.B, scaling=case.scaling, p=case.p)
     rest = case.target - case.x @ case.W0.T
     losses = np.array([np.sum((rest - (case.x * mask / (1 - case.p)) @ delta.T) ** 2, axis=1) for mask in masks])
     want = chances @ losses - np.sum((rest - case.x @ delta.T) ** 2, axis=1)
-    size = np.sum((np.abs(rest) + np.abs(case.x) @ (case.scaling * _update(case.A, case.B)[1]).T / (1 - case.p)) ** 2, axis=1)
+    size = np.sum((np.abs(rest) + np.abs(case.x) @ (case.scaling * outer_sum(case.A, case.B)[1]).T / (1 - case.p)) ** 2, axis=1)
     assert_close(got, want, size=size, what="what dropout adds")
 
 
@@ -831,7 +822,7 @@ def test_dropout_penalty(impl, case):
 def test_penalty_entry_by_entry(impl, case):
     factor = case.p / (1 - case.p) * case.scaling**2
     options = {"x": case.x, "A": case.A, "scaling": case.scaling}
-    delta, size = (factor * case.x**2 @ (entry**2).sum(axis=0) for entry in _update(case.A, case.B))
+    delta, size = (factor * case.x**2 @ (entry**2).sum(axis=0) for entry in outer_sum(case.A, case.B))
     assert_close(impl.dropout_penalty(B=case.B, p=case.p, **options), delta, size=size, what="what dropout adds")
     assert_close(impl.dropout_penalty(B=0 * case.B, p=case.p, **options), 0 * delta, size=0, what="what dropout adds at B = 0")
 
@@ -867,7 +858,7 @@ def test_kind_matrix(impl, case):
 def test_kind_element(impl, case):
     d = _element_d(case.A, case.B, case.eta)
     # Rounding of an entry, relative to itself and 1 / eta^2
-    weight = d * (1 + _update(case.A, case.B)[1] * d**2)
+    weight = d * (1 + outer_sum(case.A, case.B)[1] * d**2)
     flat_y, flat_x = np.reshape(case.grad_y, (-1, len(case.W0))), np.reshape(case.x, (-1, case.W0.shape[1]))
     sums = [np.multiply.outer(g, x) for g, x in zip(flat_y, flat_x, strict=True)]
     factors = {"A": case.A, "B": case.B, "eta": case.eta, "kind": "element"}
@@ -890,7 +881,7 @@ def test_kind_element(impl, case):
     cases=layers(high=5),
 )
 def test_kind_output(impl, case):
-    delta, size = _update(case.A, case.B)
+    delta, size = outer_sum(case.A, case.B)
     d = 1 / np.sqrt(np.abs(case.x @ delta.T) + case.eta**-2)
     got = impl.backward(grad_y=case.grad_y, x=case.x, W0=case.W0, A=case.A, B=case.B, eta=case.eta, kind="output")
     _check_backward(got, case, d, d * (1 + (np.abs(case.x) @ size.T) * d**2))

@@ -12,6 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from loracle.oracle_tests.draws import assert_normal, assert_uniform, seeded
+from loracle.oracle_tests.expected import assert_linear
 from loracle.oracle_tests.law import assert_close, law, theorem
 from loracle.oracle_tests.loading import Derivation
 from loracle.oracle_tests.problems import LinearRegression, slope
@@ -621,11 +622,7 @@ def test_forward(impl, case):
     for bias in (case.bias, 0 * case.bias):
         given = {"bias": bias} if bias.any() else {}
         y = impl.forward(x=case.x, W_base=case.W_base, **_factors(case), **given)
-        want, scale = np.zeros_like(y), np.zeros_like(y)
-        for position in np.ndindex(y.shape[:-1]):
-            want[position] = (case.W_base + delta) @ case.x[position] + bias
-            scale[position] = (np.abs(case.W_base) + size) @ np.abs(case.x[position]) + np.abs(bias)
-        assert_close(y, want, size=scale, what="y")
+        assert_linear(y, case.x, case.W_base + delta, bias, size=np.abs(case.W_base) + size)
 
 
 @law(
@@ -640,7 +637,7 @@ def test_forward_is_merged(impl, case):
     W = impl.merge(W_base=case.W_base, **_factors(case))
     y = impl.forward(x=case.x, W_base=case.W_base, bias=case.bias, **_factors(case))
     sizes = np.abs(case.W_base) + _sum(case.U, case.z, case.L, case.P, case.scaling)[1]
-    assert_close(y, case.x @ W.T + case.bias, size=np.abs(case.x) @ sizes.T + np.abs(case.bias), what="y")
+    assert_linear(y, case.x, W, case.bias, size=sizes)
 
 
 @law(

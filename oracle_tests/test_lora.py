@@ -7,6 +7,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from loracle.oracle_tests.draws import assert_normal, assert_uniform, seeded
+from loracle.oracle_tests.expected import assert_linear, outer_sum
 from loracle.oracle_tests.law import assert_close, law, theorem
 from loracle.oracle_tests.loading import Derivation
 from loracle.oracle_tests.problems import LogisticRegression, slope
@@ -108,8 +109,7 @@ def test_start_merge(impl, case):
 def test_forward_is_merged(impl, case):
     y = impl.forward(x=case.x, W0=case.W0, A=case.A, B=case.B, scaling=case.scaling)
     W = impl.merge(W0=case.W0, A=case.A, B=case.B, scaling=case.scaling)
-    entries = np.abs(case.W0) + case.scaling * np.abs(case.B) @ np.abs(case.A)
-    assert_close(y, case.x @ W.T, size=np.abs(case.x) @ entries.T, what="y")
+    assert_linear(y, case.x, W, size=np.abs(case.W0) + case.scaling * np.abs(case.B) @ np.abs(case.A))
 
 
 @law(
@@ -136,9 +136,8 @@ def test_unmerge(impl, case):
 )
 def test_unmerge_any_weight(impl, case):
     W0 = impl.unmerge(W=case.W0, A=case.A, B=case.B, scaling=case.scaling)
-    outer = [np.multiply.outer(case.B[:, k], case.A[k]) for k in range(case.rank)]
-    size = np.abs(case.W0) + case.scaling * np.sum(np.abs(outer), axis=0)
-    assert_close(W0, case.W0 - case.scaling * np.sum(outer, axis=0), size=size, what="W0")
+    delta, size = outer_sum(case.A, case.B, case.scaling)
+    assert_close(W0, case.W0 - delta, size=np.abs(case.W0) + size, what="W0")
 
 
 @law(
@@ -151,9 +150,8 @@ def test_unmerge_any_weight(impl, case):
 )
 def test_merge(impl, case):
     W = impl.merge(W0=case.W0, A=case.A, B=case.B, scaling=case.scaling)
-    outer = [np.multiply.outer(case.B[:, k], case.A[k]) for k in range(case.rank)]
-    size = np.abs(case.W0) + case.scaling * np.sum(np.abs(outer), axis=0)
-    assert_close(W, case.W0 + case.scaling * np.sum(outer, axis=0), size=size, what="W")
+    delta, size = outer_sum(case.A, case.B, case.scaling)
+    assert_close(W, case.W0 + delta, size=np.abs(case.W0) + size, what="W")
 
 
 @law(
@@ -165,9 +163,8 @@ def test_merge(impl, case):
     cases=layers(),
 )
 def test_delta_weight(impl, case):
-    delta = impl.delta_weight(A=case.A, B=case.B, scaling=case.scaling)
-    outer = [np.multiply.outer(case.B[:, k], case.A[k]) for k in range(case.rank)]
-    assert_close(delta, case.scaling * np.sum(outer, axis=0), size=case.scaling * np.sum(np.abs(outer), axis=0), what="Delta W")
+    want, size = outer_sum(case.A, case.B, case.scaling)
+    assert_close(impl.delta_weight(A=case.A, B=case.B, scaling=case.scaling), want, size=size, what="Delta W")
 
 
 @law(

@@ -12,6 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from loracle.oracle_tests.draws import assert_normal, seeded
+from loracle.oracle_tests.expected import outer_sum
 from loracle.oracle_tests.law import assert_close, law, theorem
 from loracle.oracle_tests.problems import LogisticRegression, slope
 from loracle.oracle_tests.strategies import Matrices, entries, scalings, seeds
@@ -143,9 +144,8 @@ def corrections(draw: st.DrawFn) -> Correction:
 )
 def test_base_weight(impl, case):
     W_base = impl.base_weight(W0=case.W0, A=case.A, B=case.B, scaling=case.scaling)
-    outer = [np.multiply.outer(case.B[:, k], case.A[k]) for k in range(len(case.A))]
-    size = np.abs(case.W0) + case.scaling * np.sum(np.abs(outer), axis=0)
-    assert_close(W_base, case.W0 - case.scaling * np.sum(outer, axis=0), size=size, what="W_base")
+    delta, size = outer_sum(case.A, case.B, case.scaling)
+    assert_close(W_base, case.W0 - delta, size=np.abs(case.W0) + size, what="W_base")
 
 
 @st.composite

@@ -11,6 +11,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from loracle.oracle_tests.draws import assert_normal, seeded
+from loracle.oracle_tests.expected import assert_linear, core_sum
 from loracle.oracle_tests.law import assert_close, law, theorem
 from loracle.oracle_tests.loading import Derivation
 from loracle.oracle_tests.problems import LinearRegression, LogisticRegression, slope
@@ -68,12 +69,6 @@ def layers(draw: st.DrawFn, low: int = 1, high: int = 7, full_rank: bool = False
     )
 
 
-def _sum(A, R, B, scaling):
-    """s B R A entry by entry of R, and the size of what is summed."""
-    terms = [R[k, j] * np.multiply.outer(B[:, k], A[j]) for k, j in np.ndindex(*R.shape)]
-    return scaling * np.sum(terms, axis=0), scaling * np.sum(np.abs(terms), axis=0)
-
-
 def _delta_weight(impl, A, R, B, scaling=1.0):
     """The columns of Delta W are what the layer adds to W0 = 0 for the unit vectors."""
     W0 = np.zeros((B.shape[0], A.shape[1]))
@@ -112,15 +107,11 @@ def test_gradients(impl, case):
 )
 def test_forward(impl, case):
     options = {"W0": case.W0, "A": case.A, "R": case.R, "B": case.B, "scaling": case.scaling}
-    delta, size = _sum(case.A, case.R, case.B, case.scaling)
+    delta, size = core_sum(case.A, case.R, case.B, case.scaling)
     for bias in (case.bias, 0 * case.bias):
         given = {"bias": bias} if bias.any() else {}
         y = impl.forward(x=case.x, **options, **given)
-        want, scale = np.zeros_like(y), np.zeros_like(y)
-        for position in np.ndindex(y.shape[:-1]):
-            want[position] = (case.W0 + delta) @ case.x[position] + bias
-            scale[position] = (np.abs(case.W0) + size) @ np.abs(case.x[position]) + np.abs(bias)
-        assert_close(y, want, size=scale, what="y")
+        assert_linear(y, case.x, case.W0 + delta, bias, size=np.abs(case.W0) + size)
 
 
 @law(
@@ -134,8 +125,8 @@ def test_forward(impl, case):
 def test_forward_is_merged(impl, case):
     options = {"W0": case.W0, "A": case.A, "R": case.R, "B": case.B, "scaling": case.scaling}
     W, y = impl.merge(**options), impl.forward(x=case.x, bias=case.bias, **options)
-    weights = np.abs(case.W0) + _sum(case.A, case.R, case.B, case.scaling)[1]
-    assert_close(y, case.x @ W.T + case.bias, size=np.abs(case.x) @ weights.T + np.abs(case.bias), what="y")
+    weights = np.abs(case.W0) + core_sum(case.A, case.R, case.B, case.scaling)[1]
+    assert_linear(y, case.x, W, case.bias, size=weights)
 
 
 @law(
@@ -148,7 +139,7 @@ def test_forward_is_merged(impl, case):
 )
 def test_merge(impl, case):
     W = impl.merge(W0=case.W0, A=case.A, R=case.R, B=case.B, scaling=case.scaling)
-    delta, size = _sum(case.A, case.R, case.B, case.scaling)
+    delta, size = core_sum(case.A, case.R, case.B, case.scaling)
     assert_close(W, case.W0 + delta, size=np.abs(case.W0) + size, what="W")
 
 
@@ -161,7 +152,7 @@ def test_merge(impl, case):
     cases=layers(),
 )
 def test_delta_weight(impl, case):
-    want, size = _sum(case.A, case.R, case.B, case.scaling)
+    want, size = core_sum(case.A, case.R, case.B, case.scaling)
     assert_close(impl.delta_weight(A=case.A, R=case.R, B=case.B, scaling=case.scaling), want, size=size, what="Delta W")
 
 
@@ -177,7 +168,7 @@ def test_equivalence_is_exact(impl, case):
     options = {"A": case.A, "B": case.B, "scaling": case.scaling}
     change = impl.delta_weight(R=case.R + case.D, **options) - impl.delta_weight(R=case.R, **options)
     got = impl.equivalent_gradient(grad_R=case.D, **options)
-    size = _sum(case.A, np.abs(case.R) + np.abs(case.D), case.B, case.scaling)[1]
+    size = core_sum(case.A, np.abs(case.R) + np.abs(case.D), case.B, case.scaling)[1]
     assert_close(change, got, size=size, what="change of the weight")
 
 
@@ -191,7 +182,7 @@ def test_equivalence_is_exact(impl, case):
 )
 def test_equivalent_gradient(impl, case):
     got = impl.equivalent_gradient(grad_R=case.D, A=case.A, B=case.B, scaling=case.scaling)
-    want, size = _sum(case.A, case.D, case.B, case.scaling)
+    want, size = core_sum(case.A, case.D, case.B, case.scaling)
     assert_close(got, want, size=size, what="the equivalent gradient")
 
 
@@ -686,7 +677,7 @@ def test_frozen_weights(impl, case):
         for name in ("W0", "A", "B"):
             assert_close(getattr(after, name), getattr(case, name), size=0, what=f"{name} after {t + 1} steps")
         R = after.R
-        delta, size = impl.delta_weight(A=A, R=R, B=B, scaling=s), _sum(A, R, B, s)[1].max()
+        delta, size = impl.delta_weight(A=A, R=R, B=B, scaling=s), core_sum(A, R, B, s)[1].max()
         assert_close(delta, P_B @ delta @ P_A, size=size, conditioning=_conditioning(case), what="s B R A")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from loracle.oracle_tests.draws import assert_normal, assert_uniform, seeded
+from loracle.oracle_tests.expected import assert_linear, core_sum
 from loracle.oracle_tests.law import assert_close, law, theorem
 from loracle.oracle_tests.loading import Derivation
 from loracle.oracle_tests.problems import LogisticRegression, slope
@@ -68,12 +69,6 @@ def layers(draw: st.DrawFn, low: int = 1, high: int = 7) -> Layer:
     )
 
 
-def _sum(A, N, B, scaling):
-    """s B N A entry by entry of N, and the size of what is summed."""
-    terms = [N[k, j] * np.multiply.outer(B[:, k], A[j]) for k, j in np.ndindex(*N.shape)]
-    return scaling * np.sum(terms, axis=0), scaling * np.sum(np.abs(terms), axis=0)
-
-
 def _of(case, *names):
     return {name: getattr(case, name) for name in names}
 
@@ -100,15 +95,11 @@ delta_weight_from_forward = Derivation("delta_weight", needs=("forward",), compu
 )
 def test_forward(impl, case):
     options = _of(case, "W_base", "A", "N", "B", "scaling")
-    delta, size = _sum(case.A, case.N, case.B, case.scaling)
+    delta, size = core_sum(case.A, case.N, case.B, case.scaling)
     for bias in (case.bias, 0 * case.bias):
         given = {"bias": bias} if bias.any() else {}
         y = impl.forward(x=case.x, **options, **given)
-        want, scale = np.zeros_like(y), np.zeros_like(y)
-        for position in np.ndindex(y.shape[:-1]):
-            want[position] = (case.W_base + delta) @ case.x[position] + bias
-            scale[position] = (np.abs(case.W_base) + size) @ np.abs(case.x[position]) + np.abs(bias)
-        assert_close(y, want, size=scale, what="y")
+        assert_linear(y, case.x, case.W_base + delta, bias, size=np.abs(case.W_base) + size)
 
 
 @law(
@@ -122,8 +113,8 @@ def test_forward(impl, case):
 def test_forward_is_merged(impl, case):
     options = _of(case, "W_base", "A", "N", "B", "scaling")
     W, y = impl.merge(**options), impl.forward(x=case.x, bias=case.bias, **options)
-    weights = np.abs(case.W_base) + _sum(case.A, case.N, case.B, case.scaling)[1]
-    assert_close(y, case.x @ W.T + case.bias, size=np.abs(case.x) @ weights.T + np.abs(case.bias), what="y")
+    weights = np.abs(case.W_base) + core_sum(case.A, case.N, case.B, case.scaling)[1]
+    assert_linear(y, case.x, W, case.bias, size=weights)
 
 
 @law(
@@ -136,7 +127,7 @@ def test_forward_is_merged(impl, case):
 )
 def test_merge(impl, case):
     W = impl.merge(**_of(case, "W_base", "A", "N", "B", "scaling"))
-    delta, size = _sum(case.A, case.N, case.B, case.scaling)
+    delta, size = core_sum(case.A, case.N, case.B, case.scaling)
     assert_close(W, case.W_base + delta, size=np.abs(case.W_base) + size, what="W")
 
 
@@ -149,7 +140,7 @@ def test_merge(impl, case):
     cases=layers(),
 )
 def test_unmerge(impl, case):
-    delta, size = _sum(case.A, case.N, case.B, case.scaling)
+    delta, size = core_sum(case.A, case.N, case.B, case.scaling)
     got = impl.unmerge(W=case.W_base + delta, **_of(case, "A", "N", "B", "scaling"))
     assert_close(got, case.W_base, size=np.abs(case.W_base) + size, what="the frozen weight")
 
@@ -163,7 +154,7 @@ def test_unmerge(impl, case):
     cases=layers(),
 )
 def test_delta_weight(impl, case):
-    want, size = _sum(case.A, case.N, case.B, case.scaling)
+    want, size = core_sum(case.A, case.N, case.B, case.scaling)
     assert_close(impl.delta_weight(**_of(case, "A", "N", "B", "scaling")), want, size=size, what="Delta W")
 
 
@@ -177,7 +168,7 @@ def test_delta_weight(impl, case):
 )
 def test_dropout(impl, case):
     y = impl.forward(**_of(case, "x", "W_base", "A", "N", "B", "scaling", "bias", "mask", "p"))
-    delta, size = _sum(case.A, case.N, case.B, case.scaling)
+    delta, size = core_sum(case.A, case.N, case.B, case.scaling)
     kept = np.where(case.mask, case.x, 0.0) / (1 - case.p)
     want = case.x @ case.W_base.T + case.bias + kept @ delta.T
     assert_close(y, want, size=np.abs(case.x) @ np.abs(case.W_base).T + np.abs(case.bias) + np.abs(kept) @ size.T, what="y")
@@ -295,7 +286,7 @@ def test_identity_is_lora(impl, case):
 )
 def test_export(impl, case):
     A, B = impl.export(**_of(case, "A", "N", "B"))
-    want, size = _sum(case.A, case.N, case.B, case.scaling)
+    want, size = core_sum(case.A, case.N, case.B, case.scaling)
     assert A.shape == case.A.shape, f"A has shape {A.shape}, not LoRA's {case.A.shape}"
     assert B.shape == case.B.shape, f"B has shape {B.shape}, not LoRA's {case.B.shape}"
     assert_close(case.scaling * B @ A, want, size=size, what="s B A")
@@ -315,7 +306,7 @@ def test_export_of_a_residual_start(impl, case):
     assert A.shape == (2 * case.rank, W0.shape[1]), f"A has shape {A.shape}, not twice the rank"
     W_base = impl.base_weight(W0=W0, A=case.A0, N=case.N0, B=case.B0, scaling=s)
     W = impl.merge(W_base=W_base, **_of(case, "A", "N", "B", "scaling"))
-    size = np.abs(W0) + _sum(case.A, case.N, case.B, s)[1] + _sum(case.A0, case.N0, case.B0, s)[1]
+    size = np.abs(W0) + core_sum(case.A, case.N, case.B, s)[1] + core_sum(case.A0, case.N0, case.B0, s)[1]
     assert_close(W0 + s * B @ A, W, size=size, what="W0 with the exported adapter")
 
 
@@ -329,7 +320,7 @@ def test_export_of_a_residual_start(impl, case):
 )
 def test_rank(impl, case):
     values = np.linalg.svd(impl.delta_weight(**_of(case, "A", "N", "B", "scaling")), compute_uv=False)
-    size = np.linalg.norm(_sum(case.A, case.N, case.B, case.scaling)[1])
+    size = np.linalg.norm(core_sum(case.A, case.N, case.B, case.scaling)[1])
     assert_close(values[case.rank :], np.zeros(len(values) - case.rank), size=size, what="singular values beyond the rank")
 
 
@@ -659,7 +650,7 @@ def test_residual_start(impl, case):
     for core in ("block", "pinv"):
         start = impl.init(scaling=case.scaling, core=core, residual=True, **_given(case))
         got = start.W_base + case.scaling * start.B @ start.N @ start.A
-        size = np.abs(case.W0) + _sum(start.A, start.N, start.B, case.scaling)[1]
+        size = np.abs(case.W0) + core_sum(start.A, start.N, start.B, case.scaling)[1]
         assert_close(got, case.W0, size=size, what=f"W_base + s B N A for {core}")
         # ... with the factors of the same start without it
         plain = impl.init(scaling=case.scaling, core=core, residual=False, **_given(case))
@@ -677,7 +668,7 @@ def test_residual_start(impl, case):
 )
 def test_residual_start_without_a_scaling(impl, case):
     start = impl.init(W0=case.W0, rank=case.rank, residual=True)
-    size = np.abs(case.W0) + _sum(start.A, start.N, start.B, 1.0)[1]
+    size = np.abs(case.W0) + core_sum(start.A, start.N, start.B, 1.0)[1]
     assert_close(start.W_base + start.B @ start.N @ start.A, case.W0, size=size, what="W_base + B N A")
 
 
@@ -691,7 +682,7 @@ def test_residual_start_without_a_scaling(impl, case):
 )
 def test_base_weight(impl, case):
     got = impl.base_weight(W0=case.W_base, **_of(case, "A", "N", "B", "scaling"))
-    delta, size = _sum(case.A, case.N, case.B, case.scaling)
+    delta, size = core_sum(case.A, case.N, case.B, case.scaling)
     assert_close(got, case.W_base - delta, size=np.abs(case.W_base) + size, what="W_base")
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from loracle.oracle_tests.draws import seeded
+from loracle.oracle_tests.expected import assert_linear
 from loracle.oracle_tests.law import TooCoarse, assert_close, law, theorem
 from loracle.oracle_tests.loading import Derivation
 from loracle.oracle_tests.problems import LogisticRegression, slope
@@ -223,11 +224,7 @@ def test_forward(impl, case):
     for bias in (case.bias, 0 * case.bias):
         given = {"bias": bias} if bias.any() else {}
         y = impl.forward(x=case.x, W0=case.W0, **_factors(case), **given)
-        want, scale = np.zeros_like(y), np.zeros_like(y)
-        for position in np.ndindex(y.shape[:-1]):
-            want[position] = (case.W0 + delta) @ case.x[position] + bias
-            scale[position] = (np.abs(case.W0) + size) @ np.abs(case.x[position]) + np.abs(bias)
-        assert_close(y, want, size=scale, what="y")
+        assert_linear(y, case.x, case.W0 + delta, bias, size=np.abs(case.W0) + size)
 
 
 @law(
@@ -242,7 +239,7 @@ def test_forward_is_merged(impl, case):
     W = impl.merge(W0=case.W0, **_factors(case))
     y = impl.forward(x=case.x, W0=case.W0, bias=case.bias, **_factors(case))
     weights = np.abs(case.W0) + _update(case)[1]
-    assert_close(y, case.x @ W.T + case.bias, size=np.abs(case.x) @ weights.T + np.abs(case.bias), what="y")
+    assert_linear(y, case.x, W, case.bias, size=weights)
 
 
 @law(
