@@ -1,5 +1,7 @@
 """Expected values that the laws of several papers share, each by another road than an implementation takes."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from .law import assert_close
@@ -27,3 +29,20 @@ def assert_linear(y: np.ndarray, x: np.ndarray, W: np.ndarray, bias: np.ndarray 
         want[position] = W @ x[position] + bias
         scale[position] = size @ np.abs(x[position]) + np.abs(bias)
     assert_close(y, want, size=scale, what="y")
+
+
+def truncated(M: np.ndarray, rank: int) -> np.ndarray:
+    """The matrix of that rank that is nearest to M: M on its leading right singular vectors."""
+    V = np.linalg.svd(M)[2][:rank].T
+    nearest: np.ndarray = M @ V @ V.T
+    return nearest
+
+
+def space_conditioning(values: np.ndarray, side: int, chosen: Iterable[int]) -> float:
+    """Largest singular value over the smallest distance of a chosen one from the others: how far rounding turns their space.
+
+    `side` is the length of the singular vectors. Those beyond the last singular value have the value 0.
+    """
+    values = np.append(values, np.zeros(side - len(values)))
+    inside = np.isin(np.arange(side), list(chosen))
+    return 1.0 if inside.all() else float(values[0] / np.min(np.abs(values[inside][:, None] - values[~inside])))

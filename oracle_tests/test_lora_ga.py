@@ -12,7 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from loracle.oracle_tests.draws import assert_normal, seeded
-from loracle.oracle_tests.expected import outer_sum
+from loracle.oracle_tests.expected import outer_sum, space_conditioning, truncated
 from loracle.oracle_tests.law import assert_close, law, theorem
 from loracle.oracle_tests.problems import LogisticRegression, slope
 from loracle.oracle_tests.strategies import Matrices, entries, scalings, seeds
@@ -75,27 +75,9 @@ def _square_of_the_scale(scale, scaling, gamma, W0, rank):
     return np.mean(np.sqrt(np.linalg.svd(W0, compute_uv=False)[:rank])) ** 2 / scaling
 
 
-def _truncated(G, rank):
-    """The matrix of that rank that is nearest to G: G on its leading right singular vectors."""
-    V = np.linalg.svd(G)[2][:rank].T
-    return G @ V @ V.T
-
-
 def _first_step(G, A, B, scaling):
     """The change of s B A to first order in the learning rate, divided by minus that rate."""
     return scaling**2 * (B @ (B.T @ G) + (G @ A.T) @ A)
-
-
-def _conditioning(values, side, chosen):
-    """Largest singular value over the smallest distance of a chosen one from the others: how far rounding turns their space.
-
-    `side` is the length of the singular vectors. Those beyond the last singular value have the value 0.
-    """
-    values = np.append(values, np.zeros(side - len(values)))
-    inside = np.isin(np.arange(side), chosen)
-    if inside.all():
-        return 1.0
-    return values[0] / np.min(np.abs(values[inside][:, None] - values[~inside]))
 
 
 def _named_sets(direction, rank):
@@ -108,7 +90,7 @@ def _named_sets(direction, rank):
 def _assert_spaces(A, B, G, for_A, for_B, square):
     """Assert that A'A and BB' are c^2 times the projectors on the chosen singular vectors of G."""
     U, values, Vt = np.linalg.svd(G)
-    right, left = _conditioning(values, G.shape[1], for_A), _conditioning(values, G.shape[0], for_B)
+    right, left = space_conditioning(values, G.shape[1], for_A), space_conditioning(values, G.shape[0], for_B)
     assert_close(A.T @ A, square * Vt[for_A].T @ Vt[for_A], size=square, conditioning=right, what="A'A")
     assert_close(B @ B.T, square * U[:, for_B] @ U[:, for_B].T, size=square, conditioning=left, what="BB'")
 
@@ -280,7 +262,7 @@ def test_defaults_of_the_scale(impl, case):
 def test_first_step(impl, case):
     A, B = impl.init(G=case.G, scaling=case.scaling, rank=case.rank, gamma=case.gamma)
     zeta = case.scaling**2 * np.sqrt(len(case.G)) / case.gamma
-    want = zeta * _truncated(case.G, 2 * case.rank)
+    want = zeta * truncated(case.G, 2 * case.rank)
     assert_close(_first_step(case.G, A, B, case.scaling), want, size=zeta * np.linalg.norm(case.G, 2), what="the first step")
 
 
@@ -358,7 +340,7 @@ def test_named_directions(impl, case):
 )
 def test_every_direction(impl, case):
     zeta = case.scaling**2 * np.sqrt(len(case.G)) / case.gamma
-    want, options = zeta * _truncated(case.G, 2 * case.rank), {"scaling": case.scaling, "rank": case.rank, "gamma": case.gamma}
+    want, options = zeta * truncated(case.G, 2 * case.rank), {"scaling": case.scaling, "rank": case.rank, "gamma": case.gamma}
     for direction in DIRECTIONS[1:]:  # the first is the default, of L3a
         A, B = impl.init(G=case.G, direction=direction, generator=case.seed, **options)
         step = _first_step(case.G, A, B, case.scaling)
@@ -597,7 +579,7 @@ def test_odd_part_of_the_step(impl, case):
     A, B = impl.init(G=G, scaling=s, rank=case.rank, gamma=case.gamma)
     odd = (_exact_step(G, A, B, s, lr) - _exact_step(G, A, B, s, -lr)) / 2
     zeta, largest = s**2 * np.sqrt(len(G)) / case.gamma, np.linalg.norm(G, 2)
-    want = -lr * zeta * _truncated(G, 2 * case.rank)
+    want = -lr * zeta * truncated(G, 2 * case.rank)
     assert_close(odd, want, size=lr * zeta * largest, what="the part of the step that is odd in the learning rate")
 
 
@@ -657,7 +639,7 @@ def test_size_of_the_gradient(impl, case):
     other_A, other_B = impl.init(G=case.kappa * case.G, **options)
     values, square = np.linalg.svd(case.G, compute_uv=False), np.sqrt(len(case.G)) / case.gamma
     for_A, for_B = _named_sets("ArB2r", case.rank)
-    right, left = _conditioning(values, case.G.shape[1], for_A), _conditioning(values, len(case.G), for_B)
+    right, left = space_conditioning(values, case.G.shape[1], for_A), space_conditioning(values, len(case.G), for_B)
     assert_close(other_A.T @ other_A, A.T @ A, size=square, conditioning=right, what="A'A for kappa G")
     assert_close(other_B @ other_B.T, B @ B.T, size=square, conditioning=left, what="BB' for kappa G")
 
@@ -697,7 +679,7 @@ def test_turned_gradient(impl, case):
     turned_A, turned_B = impl.init(G=Q_out @ case.G @ Q_in.T, **options)
     values = np.linalg.svd(case.G, compute_uv=False)
     for_A, for_B = _named_sets("ArB2r", case.rank)
-    right, left = _conditioning(values, case.G.shape[1], for_A), _conditioning(values, len(case.G), for_B)
+    right, left = space_conditioning(values, case.G.shape[1], for_A), space_conditioning(values, len(case.G), for_B)
     # Relative to what the implementation's own factors measure: their right length is another law's matter
     size_A, size_B = np.linalg.norm(A, 2) ** 2, np.linalg.norm(B, 2) ** 2
     assert_close(turned_A.T @ turned_A, Q_in @ A.T @ A @ Q_in.T, size=size_A, conditioning=right, what="A'A for the turned gradient")
@@ -946,7 +928,7 @@ def test_no_pair_does_better(case):
 )
 def test_every_split(case):
     U, values, Vt = np.linalg.svd(case.G)
-    want = _truncated(case.G, 2 * case.rank)
+    want = truncated(case.G, 2 * case.rank)
     halves = [list(half) for half in combinations(range(2 * case.rank), case.rank)]
     for for_A, for_B in product(halves, halves):
         step = _first_step(case.G, Vt[for_A], U[:, for_B], 1.0)

@@ -11,7 +11,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from loracle.oracle_tests.draws import assert_normal, seeded
-from loracle.oracle_tests.expected import assert_linear, core_sum
+from loracle.oracle_tests.expected import assert_linear, core_sum, space_conditioning, truncated
 from loracle.oracle_tests.law import assert_close, law, theorem
 from loracle.oracle_tests.loading import Derivation
 from loracle.oracle_tests.problems import LinearRegression, LogisticRegression, slope
@@ -371,18 +371,6 @@ def starts(draw: st.DrawFn, low: int = 1, full_rank: bool = False) -> Start:
     )
 
 
-def _truncated(M, rank):
-    """The matrix of that rank that is nearest to M: M on its leading right singular vectors."""
-    V = np.linalg.svd(M)[2][:rank].T
-    return M @ V @ V.T
-
-
-def _turned(values, side, rank):
-    """Largest singular value over the distance of the chosen ones from the others: how far rounding turns their space."""
-    values = np.append(values, np.zeros(side - len(values)))
-    return 1.0 if rank == side else values[0] / (values[rank - 1] - values[rank])
-
-
 @law(
     "lora_sb.L7",
     says="At the start the columns of B and the rows of A are orthonormal, whatever the scaling.",
@@ -408,7 +396,7 @@ def test_orthonormal_factors(impl, case):
 def test_factors_of_the_start(impl, case):
     A, R, B = impl.init(update=case.update, scaling=case.scaling, rank=case.rank)
     U, values, Vt = np.linalg.svd(case.update)
-    left, right = (_turned(values, side, case.rank) for side in case.update.shape)
+    left, right = (space_conditioning(values, side, range(case.rank)) for side in case.update.shape)
     assert_close(A.T @ A, Vt[: case.rank].T @ Vt[: case.rank], conditioning=right, what="A'A")
     assert_close(B @ B.T, U[:, : case.rank] @ U[:, : case.rank].T, conditioning=left, what="BB'")
     size = values[0] / case.scaling
@@ -443,8 +431,8 @@ def test_start_is_the_best_approximation(impl, case):
 def test_start_without_a_scaling(impl, case):
     A, R, B = impl.init(update=case.update, rank=case.rank)
     values = np.linalg.svd(case.update, compute_uv=False)
-    conditioning = _turned(values, case.update.shape[1], case.rank)
-    assert_close(B @ R @ A, _truncated(case.update, case.rank), size=values[0], conditioning=conditioning, what="B R A")
+    conditioning = space_conditioning(values, case.update.shape[1], range(case.rank))
+    assert_close(B @ R @ A, truncated(case.update, case.rank), size=values[0], conditioning=conditioning, what="B R A")
 
 
 @law(
@@ -460,8 +448,8 @@ def test_no_correction(impl, case):
     for scaling, start in ((case.scaling, scaled), (1.0, impl.init_weights(W0=case.W0, update=case.update, rank=case.rank))):
         assert_close(start.W0, case.W0, size=0, what="the frozen weight")
         values = np.linalg.svd(case.update, compute_uv=False)
-        conditioning, size = _turned(values, case.update.shape[1], case.rank), values[0]
-        want = _truncated(case.update, case.rank)
+        conditioning, size = space_conditioning(values, case.update.shape[1], range(case.rank)), values[0]
+        want = truncated(case.update, case.rank)
         assert_close(scaling * start.B @ start.R @ start.A, want, size=size, conditioning=conditioning, what="s B R A")
 
 
@@ -777,10 +765,10 @@ def test_factors_of_xs(impl, case):
     W0 = case.update  # with singular values that lie apart
     A, _, B = impl.init_xs(W0=W0, rank=case.rank, generator=case.seed)
     values = np.linalg.svd(W0, compute_uv=False)
-    conditioning = _turned(values, W0.shape[1], case.rank)
+    conditioning = space_conditioning(values, W0.shape[1], range(case.rank))
     assert_close(A @ A.T, np.eye(case.rank), what="AA'")
     assert_close(B.T @ B, np.diag(values[: case.rank] ** 2), size=values[0] ** 2, what="B'B")
-    assert_close(B @ A, _truncated(W0, case.rank), size=values[0], conditioning=conditioning, what="B A")
+    assert_close(B @ A, truncated(W0, case.rank), size=values[0], conditioning=conditioning, what="B A")
 
 
 class Draw(NamedTuple):
@@ -1065,7 +1053,7 @@ def test_start_goes_downhill(case):
     values = np.linalg.svd(-lr * G, compute_uv=False)
     want = -np.sum(values[: case.rank] ** 2) / lr
     assert want < 0
-    assert_close(np.sum(_truncated(-lr * G, case.rank) * G), want, size=np.sum(values**2) / lr, what="<start, G>")
+    assert_close(np.sum(truncated(-lr * G, case.rank) * G), want, size=np.sum(values**2) / lr, what="<start, G>")
     assert_close(np.sum(-lr * np.sign(G) * G), -lr * np.sum(np.abs(G)), size=lr * np.sum(np.abs(G)), what="<first update, G>")
 
 
@@ -1087,7 +1075,7 @@ def test_sign_start_may_go_uphill(case):
     n, g = case.side, case.large
     G = np.ones((n, n))
     G[0, 0] = -g
-    start = _truncated(-np.sign(G), 1)
+    start = truncated(-np.sign(G), 1)
     assert np.sum(start * G) > 0, "the start goes downhill"
     # The sign matrix acts on vectors (a, b, ..., b): there it is [[-1, n - 1], [1, n - 1]] in (a, b), symmetric after a change of scale
     small = np.array([[-1.0, np.sqrt(n - 1)], [np.sqrt(n - 1), n - 1.0]])

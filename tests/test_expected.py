@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from loracle.oracle_tests.expected import assert_linear, core_sum, outer_sum
+from loracle.oracle_tests.expected import assert_linear, core_sum, outer_sum, space_conditioning, truncated
 from loracle.oracle_tests.law import Law, Ledger, measuring
 from loracle.oracle_tests.strategies import Matrices
 
@@ -31,3 +31,13 @@ def test_linear(lead, bias):
                 assert_linear(wrong, x, W, bias, size=np.abs(W))
         with pytest.raises(AssertionError, match="shape"):
             assert_linear(y[..., None], x, W, bias, size=np.abs(W))
+
+
+def test_leading_part():
+    values = np.array([4.0, 3.0, 1.0])
+    M = Matrices(0).with_spectrum(5, 3, values)
+    np.testing.assert_allclose(np.linalg.svd(M - truncated(M, 2), compute_uv=False), [1, 0, 0], atol=1e-12)
+    np.testing.assert_allclose(np.linalg.svd(truncated(M, 2), compute_uv=False), [4, 3, 0], atol=1e-12)
+    # Of the three right singular vectors all are chosen; of the five left ones two more have the value 0
+    assert [space_conditioning(values, side, range(3)) for side in (3, 5)] == [1.0, 4.0]
+    assert [space_conditioning(values, 3, chosen) for chosen in ([0, 1], [0], [0, 2])] == [2.0, 4.0, 4.0]
