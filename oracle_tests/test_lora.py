@@ -11,7 +11,7 @@ from loracle.oracle_tests.expected import assert_linear, outer_sum
 from loracle.oracle_tests.law import assert_close, law, theorem
 from loracle.oracle_tests.loading import Derivation
 from loracle.oracle_tests.problems import LogisticRegression, slope
-from loracle.oracle_tests.strategies import Matrices, entries, leads, scalings, seeds, sides
+from loracle.oracle_tests.strategies import Matrices, entries, leads, scaling_cases, scalings, seeds, sides
 
 
 class Layer(NamedTuple):
@@ -475,20 +475,13 @@ def test_eckart_young(impl, case):
 # Scaling and draws
 
 
-class ScalingCase(NamedTuple):
-    """A rank and an alpha."""
-
-    alpha: float
-    rank: int
-
-
 @law(
     "lora.L10a",
     says="LoRA's scaling is alpha over the rank.",
     formula=r"s = \alpha / r",
     needs=("scaling_factor",),
     tolerance=4,
-    cases=st.builds(ScalingCase, alpha=st.sampled_from([1.0, 8.0, 16.0, 0.3]), rank=st.integers(1, 512)),
+    cases=scaling_cases(),
 )
 def test_scaling(impl, case):
     scaling = impl.scaling_factor(alpha=case.alpha, rank=case.rank)
@@ -501,7 +494,7 @@ def test_scaling(impl, case):
     formula=r"s_{rs} = \alpha / \sqrt r",
     needs=("scaling_factor.rslora",),
     tolerance=8,
-    cases=st.builds(ScalingCase, alpha=st.sampled_from([1.0, 8.0, 16.0, 0.3]), rank=st.integers(1, 512)),
+    cases=scaling_cases(),
 )
 def test_rslora_scaling(impl, case):
     scaling = impl.scaling_factor(alpha=case.alpha, rank=case.rank, rslora=True)

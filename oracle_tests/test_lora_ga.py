@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from loracle.oracle_tests.draws import assert_normal, seeded
 from loracle.oracle_tests.expected import outer_sum, space_conditioning, truncated
 from loracle.oracle_tests.law import assert_close, law, theorem
-from loracle.oracle_tests.problems import LogisticRegression, slope
-from loracle.oracle_tests.strategies import Matrices, entries, scalings, seeds
+from loracle.oracle_tests.problems import LinearRegression, LogisticRegression, slope
+from loracle.oracle_tests.strategies import Matrices, entries, many_gradients, scaling_cases, scalings, seeds
 
 # Values at which wrong formulas do not agree with right ones: no 1, no default, no root of a side
 ALPHAS = (16.0, 3.0, 5.0)
@@ -501,20 +501,13 @@ def test_zeta_of_every_scale(impl, case):
         assert_close(zeta, want, size=want, what=f"zeta for {scale}")
 
 
-class ScalingCase(NamedTuple):
-    """An alpha and a rank."""
-
-    alpha: float
-    rank: int
-
-
 @law(
     "lora_ga.L6c",
     says="The scaling is rsLoRA's: squared, times the rank, it is alpha squared.",
     formula=r"s = \alpha / \sqrt r",
     needs=("scaling_factor",),
     tolerance=8,
-    cases=st.builds(ScalingCase, alpha=st.sampled_from([1.0, 8.0, 16.0, 0.3]), rank=st.integers(1, 512)),
+    cases=scaling_cases(),
 )
 def test_scaling(impl, case):
     scaling = impl.scaling_factor(alpha=case.alpha, rank=case.rank)
@@ -728,15 +721,10 @@ def samples(draw: st.DrawFn) -> Samples:
     cases=samples(),
 )
 def test_equal_microbatches(impl, case):
-    X, Y = case.X, case.Y
-
-    def grad(W, rows):
-        return (-Y[rows] / (1 + np.exp(Y[rows] * (X[rows] @ W.T)))).T @ X[rows] / len(rows)
-
-    everything = np.arange(len(X))
-    got = impl.estimate_gradient(grad=grad, W0=case.W0, batches=list(everything.reshape(case.batches, -1)))
+    X, Y, problem = case.X, case.Y, LogisticRegression(case.X, case.Y)
+    got = impl.estimate_gradient(grad=problem.grad, W0=case.W0, batches=list(np.arange(len(X)).reshape(case.batches, -1)))
     size = (1 / (1 + np.exp(Y * (X @ case.W0.T)))).T @ np.abs(X) / len(X)
-    assert_close(got, grad(case.W0, everything), size=size, what="the estimated gradient")
+    assert_close(got, problem.grad(case.W0), size=size, what="the estimated gradient")
 
 
 @law(
@@ -749,27 +737,11 @@ def test_equal_microbatches(impl, case):
 )
 def test_unequal_microbatches(impl, case):
     X, Y = case.X, case.Y
-
-    def grad(W, rows):
-        return (X[rows] @ W.T - Y[rows]).T @ X[rows] / len(rows)
-
     batches = np.split(np.arange(len(X)), np.arange(1, case.batches))  # all but the last of one sample
-    got = impl.estimate_gradient(grad=grad, W0=case.W0, batches=batches)
+    got = impl.estimate_gradient(grad=LinearRegression(X, Y).grad, W0=case.W0, batches=batches)
     weights = np.concatenate([np.full((len(rows), 1), 1 / (len(batches) * len(rows))) for rows in batches])
     size = (weights * (np.abs(X) @ np.abs(case.W0).T + np.abs(Y))).T @ np.abs(X)
     assert_close(got, (weights * (X @ case.W0.T - Y)).T @ X, size=size, what="the estimated gradient")
-
-
-class Many(NamedTuple):
-    """Many gradients of whole numbers."""
-
-    gradients: np.ndarray  # (batches, out, in)
-
-
-@st.composite
-def many(draw: st.DrawFn) -> Many:
-    rng = Matrices(draw(seeds())).rng
-    return Many(rng.integers(1, 100, (768, draw(st.integers(2, 3)), draw(st.integers(2, 3)))).astype(float))
 
 
 @law(
@@ -778,7 +750,7 @@ def many(draw: st.DrawFn) -> Many:
     formula=r"G = \tfrac1K \sum_{k=1}^{K} G_k, \quad K = 768",
     needs=("estimate_gradient",),
     tolerance=12,
-    cases=many(),
+    cases=many_gradients(),
     examples=1,
 )
 def test_many_microbatches(impl, case):

@@ -15,7 +15,7 @@ from loracle.oracle_tests.expected import assert_linear, core_sum, space_conditi
 from loracle.oracle_tests.law import assert_close, law, theorem
 from loracle.oracle_tests.loading import Derivation
 from loracle.oracle_tests.problems import LinearRegression, LogisticRegression, slope
-from loracle.oracle_tests.strategies import Matrices, entries, leads, scalings, seeds, sides
+from loracle.oracle_tests.strategies import Matrices, entries, leads, many_gradients, scalings, seeds, sides
 
 
 class Layer(NamedTuple):
@@ -550,11 +550,6 @@ def samples(draw: st.DrawFn) -> Samples:
     return Samples(X, Y, matrices(out_features, in_features) / 8, batches, draw(st.sampled_from([0.5, 0.125])), 0.25)
 
 
-def _of_rows(case):
-    """The gradient of the mean loss of some samples."""
-    return lambda W, rows: (case.X[rows] @ W.T - case.Y[rows]).T @ case.X[rows] / len(rows)
-
-
 @law(
     "lora_sb.L11a",
     says="The first update comes from the gradient averaged over the batches, not from the average of each batch's update.",
@@ -565,9 +560,10 @@ def _of_rows(case):
 )
 def test_estimated_update(impl, case):
     batches = list(np.arange(len(case.X)).reshape(case.batches, -1))
-    G = LinearRegression(case.X, case.Y).grad(case.W0)
+    problem = LinearRegression(case.X, case.Y)
+    G = problem.grad(case.W0)
     size = (np.abs(case.X) @ np.abs(case.W0).T + np.abs(case.Y)).T @ np.abs(case.X) / len(case.X)
-    options = {"grad": _of_rows(case), "W0": case.W0, "batches": batches, "lr": case.lr}
+    options = {"grad": problem.grad, "W0": case.W0, "batches": batches, "lr": case.lr}
     got = impl.estimate_update(optimizer="sgd", **options)
     assert_close(got, -case.lr * G, size=case.lr * size, what="the update of gradient descent")
     # The sum of gradients that round apart may have another sign: an entry near zero is compared with epsilon only
@@ -589,23 +585,11 @@ def test_estimated_update(impl, case):
 )
 def test_unequal_batches(impl, case):
     batches = np.split(np.arange(len(case.X)), np.arange(1, case.batches))  # all but the last of one sample
-    got = impl.estimate_update(grad=_of_rows(case), W0=case.W0, batches=batches, lr=case.lr, optimizer="sgd")
+    got = impl.estimate_update(grad=LinearRegression(case.X, case.Y).grad, W0=case.W0, batches=batches, lr=case.lr, optimizer="sgd")
     weights = np.concatenate([np.full((len(rows), 1), 1 / (len(batches) * len(rows))) for rows in batches])
     size = (weights * (np.abs(case.X) @ np.abs(case.W0).T + np.abs(case.Y))).T @ np.abs(case.X)
     want = -case.lr * (weights * (case.X @ case.W0.T - case.Y)).T @ case.X
     assert_close(got, want, size=case.lr * size, what="the update of gradient descent")
-
-
-class Many(NamedTuple):
-    """Many gradients of whole numbers."""
-
-    gradients: np.ndarray  # (batches, out, in)
-
-
-@st.composite
-def many(draw: st.DrawFn) -> Many:
-    rng = Matrices(draw(seeds())).rng
-    return Many(rng.integers(1, 100, (768, draw(st.integers(2, 3)), draw(st.integers(2, 3)))).astype(float))
 
 
 @law(
@@ -614,7 +598,7 @@ def many(draw: st.DrawFn) -> Many:
     formula=r"\bar G = \tfrac1K \sum_{k=1}^{K} G_k, \quad K = 768",
     needs=("estimate_update.optimizer",),
     tolerance=12,
-    cases=many(),
+    cases=many_gradients(),
     examples=1,
 )
 def test_many_batches(impl, case):
