@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from loracle.oracle_tests.draws import assert_normal, assert_uniform, seeded
 from loracle.oracle_tests.expected import assert_linear, outer_sum
-from loracle.oracle_tests.law import assert_close, law, theorem
+from loracle.oracle_tests.law import assert_close, law, of, theorem
 from loracle.oracle_tests.loading import Derivation
 from loracle.oracle_tests.problems import LogisticRegression, slope
 from loracle.oracle_tests.strategies import Matrices, entries, leads, seeds, sides
@@ -585,7 +585,7 @@ def _adamw(case, factors, moments, G, t, d_of, *, lr, beta1=0.9, beta2=0.999, ad
 def _check_steps(impl, case, d_of, options, **given):
     factors = [case.A, case.B]
     moments = [(case.moment1_A, case.moment2_A), (case.moment1_B, case.moment2_B)]
-    state = {name: getattr(case, name) for name in ("A", "B", "moment1_A", "moment1_B", "moment2_A", "moment2_B")}
+    state = of(case, "A", "B", "moment1_A", "moment1_B", "moment2_A", "moment2_B")
     biggest = (
         4 * (1 + case.eta) * (1 + np.abs(case.gradients).max()) * (1 + np.abs(case.A).max() + np.abs(case.B).max()) * max(case.B.shape)
     )
@@ -610,7 +610,7 @@ def _check_steps(impl, case, d_of, options, **given):
     cases=adams(),
 )
 def test_adamw(impl, case):
-    _check_steps(impl, case, _d, {name: getattr(case, name) for name in ("lr", "beta1", "beta2", "adam_eps")})
+    _check_steps(impl, case, _d, of(case, "lr", "beta1", "beta2", "adam_eps"))
 
 
 @law(
@@ -937,7 +937,7 @@ def test_where_the_kinds_meet(impl, case):
     cases=adams(),
 )
 def test_steps_of_a_kind(impl, case):
-    options = {name: getattr(case, name) for name in ("lr", "beta1", "beta2", "adam_eps", "weight_decay")}
+    options = of(case, "lr", "beta1", "beta2", "adam_eps", "weight_decay")
     for kind, d_of in (("matrix", _matrix_d), ("none", lambda A, B, eta: np.ones(len(B)))):
         _check_steps(impl, case, d_of, options, kind=kind)
         after = impl.sgd_step(G=case.gradients[0], A=case.A, B=case.B, eta=case.eta, lr=case.lr, kind=kind)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from loracle.oracle_tests.draws import assert_normal, assert_uniform, seeded
 from loracle.oracle_tests.expected import assert_linear
-from loracle.oracle_tests.law import assert_close, law, theorem
+from loracle.oracle_tests.law import assert_close, law, of, theorem
 from loracle.oracle_tests.loading import Derivation
 from loracle.oracle_tests.problems import LinearRegression, slope
 from loracle.oracle_tests.strategies import Matrices, entries, leads, scalings, seeds, sides
@@ -597,7 +597,7 @@ def layers(draw: st.DrawFn, low: int = 1, high: int = 7) -> Layer:
 
 
 def _factors(case):
-    return {"U": case.U, "z": case.z, "L": case.L, "P": case.P, "scaling": case.scaling}
+    return of(case, "U", "z", "L", "P", "scaling")
 
 
 def _delta_weight(impl, U, z, L, P, scaling):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
-from loracle.oracle_tests.law import assert_close, law, theorem
+from loracle.oracle_tests.law import assert_close, law, of, theorem
 from loracle.oracle_tests.problems import LogisticRegression
 from loracle.oracle_tests.strategies import Matrices, entries, scalings, seeds
 
@@ -701,7 +701,7 @@ def _adam(g, moment1, moment2, t, beta1=0.9, beta2=0.999, adam_eps=1e-8):
 
 
 def _options(case):
-    return {"beta1": case.beta1, "beta2": case.beta2, "adam_eps": case.adam_eps}
+    return of(case, "beta1", "beta2", "adam_eps")
 
 
 def _step_size(direction, A, B, scaling, lr, X):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from loracle.oracle_tests.draws import assert_normal, assert_uniform, seeded
 from loracle.oracle_tests.expected import assert_linear, core_sum
-from loracle.oracle_tests.law import assert_close, law, theorem
+from loracle.oracle_tests.law import assert_close, law, of, theorem
 from loracle.oracle_tests.loading import Derivation
 from loracle.oracle_tests.problems import LogisticRegression, slope
 from loracle.oracle_tests.strategies import Matrices, entries, leads, scalings, seeds, sides
@@ -69,10 +69,6 @@ def layers(draw: st.DrawFn, low: int = 1, high: int = 7) -> Layer:
     )
 
 
-def _of(case, *names):
-    return {name: getattr(case, name) for name in names}
-
-
 def _delta_weight(impl, A, N, B, scaling=1.0):
     """The columns of Delta W are what the layer adds to W_base = 0 for the unit vectors."""
     W_base = np.zeros((B.shape[0], A.shape[1]))
@@ -94,7 +90,7 @@ delta_weight_from_forward = Derivation("delta_weight", needs=("forward",), compu
     cases=layers(),
 )
 def test_forward(impl, case):
-    options = _of(case, "W_base", "A", "N", "B", "scaling")
+    options = of(case, "W_base", "A", "N", "B", "scaling")
     delta, size = core_sum(case.A, case.N, case.B, case.scaling)
     for bias in (case.bias, 0 * case.bias):
         given = {"bias": bias} if bias.any() else {}
@@ -111,7 +107,7 @@ def test_forward(impl, case):
     cases=layers(),
 )
 def test_forward_is_merged(impl, case):
-    options = _of(case, "W_base", "A", "N", "B", "scaling")
+    options = of(case, "W_base", "A", "N", "B", "scaling")
     W, y = impl.merge(**options), impl.forward(x=case.x, bias=case.bias, **options)
     weights = np.abs(case.W_base) + core_sum(case.A, case.N, case.B, case.scaling)[1]
     assert_linear(y, case.x, W, case.bias, size=weights)
@@ -126,7 +122,7 @@ def test_forward_is_merged(impl, case):
     cases=layers(),
 )
 def test_merge(impl, case):
-    W = impl.merge(**_of(case, "W_base", "A", "N", "B", "scaling"))
+    W = impl.merge(**of(case, "W_base", "A", "N", "B", "scaling"))
     delta, size = core_sum(case.A, case.N, case.B, case.scaling)
     assert_close(W, case.W_base + delta, size=np.abs(case.W_base) + size, what="W")
 
@@ -141,7 +137,7 @@ def test_merge(impl, case):
 )
 def test_unmerge(impl, case):
     delta, size = core_sum(case.A, case.N, case.B, case.scaling)
-    got = impl.unmerge(W=case.W_base + delta, **_of(case, "A", "N", "B", "scaling"))
+    got = impl.unmerge(W=case.W_base + delta, **of(case, "A", "N", "B", "scaling"))
     assert_close(got, case.W_base, size=np.abs(case.W_base) + size, what="the frozen weight")
 
 
@@ -155,7 +151,7 @@ def test_unmerge(impl, case):
 )
 def test_delta_weight(impl, case):
     want, size = core_sum(case.A, case.N, case.B, case.scaling)
-    assert_close(impl.delta_weight(**_of(case, "A", "N", "B", "scaling")), want, size=size, what="Delta W")
+    assert_close(impl.delta_weight(**of(case, "A", "N", "B", "scaling")), want, size=size, what="Delta W")
 
 
 @law(
@@ -167,7 +163,7 @@ def test_delta_weight(impl, case):
     cases=layers(),
 )
 def test_dropout(impl, case):
-    y = impl.forward(**_of(case, "x", "W_base", "A", "N", "B", "scaling", "bias", "mask", "p"))
+    y = impl.forward(**of(case, "x", "W_base", "A", "N", "B", "scaling", "bias", "mask", "p"))
     delta, size = core_sum(case.A, case.N, case.B, case.scaling)
     kept = np.where(case.mask, case.x, 0.0) / (1 - case.p)
     want = case.x @ case.W_base.T + case.bias + kept @ delta.T
@@ -183,7 +179,7 @@ def test_dropout(impl, case):
     cases=layers(),
 )
 def test_gradients(impl, case):
-    got = impl.gradients(**_of(case, "G", "A", "N", "B", "scaling"))
+    got = impl.gradients(**of(case, "G", "A", "N", "B", "scaling"))
     A, N, B, G, s = case.A, case.N, case.B, case.G, case.scaling
     # G is the gradient of the merged weight: the loss near it is <G, W>, linear in each factor, so its slopes are those at 0
     want_A = slope(lambda M: np.sum(G * (s * B @ N @ M)), 0 * A)
@@ -204,7 +200,7 @@ def test_gradients(impl, case):
     cases=layers(),
 )
 def test_balance(impl, case):
-    g = impl.gradients(**_of(case, "G", "A", "N", "B", "scaling"))
+    g = impl.gradients(**of(case, "G", "A", "N", "B", "scaling"))
     A, N, B, G = map(np.abs, (case.A, case.N, case.B, case.G))
     size = case.scaling * B.T @ G @ (N @ A).T
     assert_close(case.B.T @ g.grad_B, g.grad_N @ case.N.T, size=size, what="B' grad_B")
@@ -242,7 +238,7 @@ def gauged(draw: st.DrawFn) -> Gauged:
 )
 def test_gauge(impl, case):
     inverse_P, inverse_Q = np.linalg.inv(case.P), np.linalg.inv(case.Q)
-    plain = _of(case, "A", "N", "B", "scaling")
+    plain = of(case, "A", "N", "B", "scaling")
     other = {"A": case.P @ case.A, "N": case.Q @ case.N @ inverse_P, "B": case.B @ inverse_Q, "scaling": case.scaling}
     condition = np.linalg.cond(case.P) * np.linalg.cond(case.Q)
     sizes = [np.linalg.norm(M) for M in (case.A, case.N, case.B)]
@@ -268,7 +264,7 @@ def test_gauge(impl, case):
     cases=layers(),
 )
 def test_identity_is_lora(impl, case):
-    options = {**_of(case, "A", "B", "scaling"), "N": np.eye(case.rank)}
+    options = {**of(case, "A", "B", "scaling"), "N": np.eye(case.rank)}
     want, size = case.scaling * case.B @ case.A, case.scaling * np.abs(case.B) @ np.abs(case.A)
     assert_close(impl.delta_weight(**options), want, size=size, what="Delta W")
     y = impl.forward(x=case.x, W_base=case.W_base, **options)
@@ -285,7 +281,7 @@ def test_identity_is_lora(impl, case):
     cases=layers(),
 )
 def test_export(impl, case):
-    A, B = impl.export(**_of(case, "A", "N", "B"))
+    A, B = impl.export(**of(case, "A", "N", "B"))
     want, size = core_sum(case.A, case.N, case.B, case.scaling)
     assert A.shape == case.A.shape, f"A has shape {A.shape}, not LoRA's {case.A.shape}"
     assert B.shape == case.B.shape, f"B has shape {B.shape}, not LoRA's {case.B.shape}"
@@ -302,10 +298,10 @@ def test_export(impl, case):
 )
 def test_export_of_a_residual_start(impl, case):
     W0, s = case.W_base, case.scaling
-    A, B = impl.export_residual(**_of(case, "A", "N", "B", "A0", "N0", "B0"))
+    A, B = impl.export_residual(**of(case, "A", "N", "B", "A0", "N0", "B0"))
     assert A.shape == (2 * case.rank, W0.shape[1]), f"A has shape {A.shape}, not twice the rank"
     W_base = impl.base_weight(W0=W0, A=case.A0, N=case.N0, B=case.B0, scaling=s)
-    W = impl.merge(W_base=W_base, **_of(case, "A", "N", "B", "scaling"))
+    W = impl.merge(W_base=W_base, **of(case, "A", "N", "B", "scaling"))
     size = np.abs(W0) + core_sum(case.A, case.N, case.B, s)[1] + core_sum(case.A0, case.N0, case.B0, s)[1]
     assert_close(W0 + s * B @ A, W, size=size, what="W0 with the exported adapter")
 
@@ -319,7 +315,7 @@ def test_export_of_a_residual_start(impl, case):
     cases=layers(low=2),
 )
 def test_rank(impl, case):
-    values = np.linalg.svd(impl.delta_weight(**_of(case, "A", "N", "B", "scaling")), compute_uv=False)
+    values = np.linalg.svd(impl.delta_weight(**of(case, "A", "N", "B", "scaling")), compute_uv=False)
     size = np.linalg.norm(core_sum(case.A, case.N, case.B, case.scaling)[1])
     assert_close(values[case.rank :], np.zeros(len(values) - case.rank), size=size, what="singular values beyond the rank")
 
@@ -355,7 +351,7 @@ def test_parameter_count(impl, case):
 )
 def test_step(impl, case):
     A, N, B, G, s, lr = case.A, case.N, case.B, case.G, case.scaling, case.lr
-    options = _of(case, "G", "W_base", "A", "N", "B", "scaling", "lr")
+    options = of(case, "G", "W_base", "A", "N", "B", "scaling", "lr")
     moved = (lr * s * (B @ N).T @ G, lr * s * B.T @ G @ A.T, lr * s * G @ (N @ A).T)
     a, n, b, g = map(np.abs, (A, N, B, G))
     sizes = (a + lr * s * (b @ n).T @ g, n + lr * s * b.T @ g @ a.T, b + lr * s * g @ (n @ a).T)
@@ -376,7 +372,7 @@ def test_step(impl, case):
 )
 def test_step_of_inttune(impl, case):
     A, N, B, G, s, lr = case.A, case.N, case.B, case.G, case.scaling, case.lr
-    after = impl.sgd_step(**_of(case, "G", "W_base", "A", "N", "B", "scaling", "lr"), method="inttune")
+    after = impl.sgd_step(**of(case, "G", "W_base", "A", "N", "B", "scaling", "lr"), method="inttune")
     for name in ("W_base", "A", "B"):
         assert_close(getattr(after, name), getattr(case, name), size=0, what=f"{name} after a step")
     a, n, b, g = map(np.abs, (A, N, B, G))
@@ -393,8 +389,8 @@ def test_step_of_inttune(impl, case):
     cases=layers(),
 )
 def test_step_keeps_the_balance(impl, case):
-    g = impl.gradients(**_of(case, "G", "A", "N", "B", "scaling"))
-    after = impl.sgd_step(**_of(case, "G", "W_base", "A", "N", "B", "scaling", "lr"))
+    g = impl.gradients(**of(case, "G", "A", "N", "B", "scaling"))
+    after = impl.sgd_step(**of(case, "G", "W_base", "A", "N", "B", "scaling", "lr"))
     grads = {"A": g.grad_A, "N": g.grad_N, "B": g.grad_B}
     size = max(np.linalg.norm(getattr(case, name)) + case.lr * np.linalg.norm(grads[name]) for name in grads) ** 2
 
@@ -550,7 +546,7 @@ def _large(case):
 
 
 def _given(case):
-    return _of(case, "W0", "rank", "rows", "cols")
+    return of(case, "W0", "rank", "rows", "cols")
 
 
 @law(
@@ -681,7 +677,7 @@ def test_residual_start_without_a_scaling(impl, case):
     cases=layers(),
 )
 def test_base_weight(impl, case):
-    got = impl.base_weight(W0=case.W_base, **_of(case, "A", "N", "B", "scaling"))
+    got = impl.base_weight(W0=case.W_base, **of(case, "A", "N", "B", "scaling"))
     delta, size = core_sum(case.A, case.N, case.B, case.scaling)
     assert_close(got, case.W_base - delta, size=np.abs(case.W_base) + size, what="W_base")
 
@@ -964,7 +960,7 @@ def _best_core(case, rcond=None):
 )
 def test_best_core(impl, case):
     want, size, condition = _best_core(case)
-    assert_close(impl.fit_core(**_of(case, "target", "A", "B", "scaling")), want, size=size, conditioning=condition, what="the best N")
+    assert_close(impl.fit_core(**of(case, "target", "A", "B", "scaling")), want, size=size, conditioning=condition, what="the best N")
 
 
 @law(
@@ -977,7 +973,7 @@ def test_best_core(impl, case):
 )
 def test_gradient_at_the_best_core(impl, case):
     A, B, s = case.A, case.B, case.scaling
-    N = impl.fit_core(**_of(case, "target", "A", "B", "scaling"))
+    N = impl.fit_core(**of(case, "target", "A", "B", "scaling"))
     g = impl.gradients(G=s * B @ N @ A - case.target, A=A, N=N, B=B, scaling=s)
     size = s * np.linalg.norm(A, 2) * np.linalg.norm(B, 2) * np.linalg.norm(case.target)
     condition = np.linalg.cond(A) * np.linalg.cond(B)
@@ -995,7 +991,7 @@ def test_gradient_at_the_best_core(impl, case):
 def test_smallest_best_core(impl, case):
     want, size, condition = _best_core(case, rcond=1e-6)
     assert_close(
-        impl.fit_core(**_of(case, "target", "A", "B", "scaling")), want, size=size, conditioning=condition, what="the smallest best N"
+        impl.fit_core(**of(case, "target", "A", "B", "scaling")), want, size=size, conditioning=condition, what="the smallest best N"
     )
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from loracle.oracle_tests.draws import seeded
 from loracle.oracle_tests.expected import assert_linear
-from loracle.oracle_tests.law import TooCoarse, assert_close, law, theorem
+from loracle.oracle_tests.law import TooCoarse, assert_close, law, of, theorem
 from loracle.oracle_tests.loading import Derivation
 from loracle.oracle_tests.problems import LogisticRegression, slope
 from loracle.oracle_tests.strategies import Matrices, entries, leads, scalings, seeds, sides
@@ -76,7 +76,7 @@ def layers(draw: st.DrawFn, low: int = 1, high: int = 7, full_rank: bool = False
 
 
 def _factors(case):
-    return {name: getattr(case, name) for name in ("gammas", "A", "lambdas", "B", "scaling")}
+    return of(case, "gammas", "A", "lambdas", "B", "scaling")
 
 
 def _is_wide(case):
