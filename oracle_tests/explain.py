@@ -63,6 +63,10 @@ def _used_fields(law: Law, case: Any) -> set[str]:
     tree = ast.parse(textwrap.dedent(inspect.getsource(law.body)))
     reads = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
     for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "of":
+            names = [str(name.value) for name in node.args[1:] if isinstance(name, ast.Constant)]
+            used |= set(names)
+            reads |= {id(node.args[0])} if len(names) == len(node.args) - 1 else set()
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "case":
             used.add(node.attr)
         whole |= isinstance(node, ast.Name) and node.id == "case" and id(node) not in reads

@@ -174,6 +174,11 @@ def assert_close(got: Any, want: Any, *, size: Any = 1.0, conditioning: float = 
         )
 
 
+def of(case: Any, *names: str) -> dict[str, Any]:
+    """Some fields of a case, to be handed on as keywords. The text of a failure shows these fields only."""
+    return {name: getattr(case, name) for name in names}
+
+
 @contextlib.contextmanager
 def measuring(ledger: Ledger) -> Iterator[Ledger]:
     """Within this context `assert_close` uses and fills `ledger`."""

@@ -1,6 +1,7 @@
 """Losses of a weight matrix, in NumPy, with their gradients: what laws and theorem checks differentiate."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -25,8 +26,10 @@ class LinearRegression:
     def loss(self, W: np.ndarray) -> float:
         return float(0.5 * np.sum((self.X @ W.T - self.Y) ** 2) / len(self.X))
 
-    def grad(self, W: np.ndarray) -> np.ndarray:
-        gradient: np.ndarray = (self.X @ W.T - self.Y).T @ self.X / len(self.X)
+    def grad(self, W: np.ndarray, rows: Any = slice(None)) -> np.ndarray:
+        """The gradient of the mean loss of all samples, or of some."""
+        X, Y = self.X[rows], self.Y[rows]
+        gradient: np.ndarray = (X @ W.T - Y).T @ X / len(X)
         return gradient
 
 
@@ -39,7 +42,8 @@ class LogisticRegression:
     def loss(self, W: np.ndarray) -> float:
         return float(np.sum(np.logaddexp(0, -self.Y * (self.X @ W.T))) / len(self.X))
 
-    def grad(self, W: np.ndarray) -> np.ndarray:
-        margins = self.Y * (self.X @ W.T)
-        gradient: np.ndarray = (-self.Y / (1 + np.exp(margins))).T @ self.X / len(self.X)
+    def grad(self, W: np.ndarray, rows: Any = slice(None)) -> np.ndarray:
+        """The gradient of the mean loss of all samples, or of some."""
+        X, Y = self.X[rows], self.Y[rows]
+        gradient: np.ndarray = (-Y / (1 + np.exp(Y * (X @ W.T)))).T @ X / len(X)
         return gradient

@@ -4,12 +4,14 @@ A case is drawn as a few small numbers and a seed; its matrices come from the se
 small whole numbers first, so that the smallest failing case can be read.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from hypothesis import strategies as st
 
 ENTRIES = ("small whole numbers", "normal")
+# Values at which wrong formulas do not agree with right ones: no 1, and no square of another
+SCALINGS = (2.0, 0.5, 3.0, 1.25)
 
 
 def sides(low: int = 1, high: int = 8) -> st.SearchStrategy[int]:
@@ -25,6 +27,16 @@ def seeds() -> st.SearchStrategy[int]:
 def entries() -> st.SearchStrategy[str]:
     """Which kind of entries `matrices` makes."""
     return st.sampled_from(ENTRIES)
+
+
+def scalings() -> st.SearchStrategy[float]:
+    """The number s of a layer."""
+    return st.sampled_from(SCALINGS)
+
+
+def leads() -> st.SearchStrategy[tuple[int, ...]]:
+    """What stands before the features in the shape of a layer's input: one sample, some, or a batch of sequences."""
+    return st.sampled_from([(), (3,), (2, 2)])
 
 
 class Matrices:
@@ -76,3 +88,28 @@ class Matrices:
     def invertible(self, side: int, condition: float) -> np.ndarray:
         """A square matrix with singular values spread from 1 to 1 / `condition`."""
         return self.with_spectrum(side, side, np.geomspace(1, 1 / condition, side))
+
+
+class ScalingCase(NamedTuple):
+    """What a scaling is made from."""
+
+    alpha: float
+    rank: int
+
+
+def scaling_cases() -> st.SearchStrategy[ScalingCase]:
+    """An alpha and a rank."""
+    return st.builds(ScalingCase, alpha=st.sampled_from([1.0, 8.0, 16.0, 0.3]), rank=st.integers(1, 512))
+
+
+class Gradients(NamedTuple):
+    """The gradients of some batches."""
+
+    gradients: np.ndarray  # (batches, out, in)
+
+
+@st.composite
+def many_gradients(draw: st.DrawFn) -> Gradients:
+    """So many gradients of whole numbers that a sum of low precision stops growing."""
+    rng = Matrices(draw(seeds())).rng
+    return Gradients(rng.integers(1, 100, (768, draw(st.integers(2, 3)), draw(st.integers(2, 3)))).astype(float))

@@ -11,13 +11,13 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
-from loracle.oracle_tests.law import assert_close, law, theorem
+from loracle.oracle_tests.draws import assert_normal, assert_uniform, seeded
+from loracle.oracle_tests.expected import assert_linear
+from loracle.oracle_tests.law import assert_close, law, of, theorem
 from loracle.oracle_tests.loading import Derivation
 from loracle.oracle_tests.problems import LinearRegression, slope
-from loracle.oracle_tests.strategies import Matrices, entries, seeds, sides
+from loracle.oracle_tests.strategies import Matrices, entries, leads, scalings, seeds, sides
 
-# Values at which wrong formulas do not agree with right ones: no 1, no power that is one of the others
-SCALINGS = (2.0, 0.5, 3.0, 1.25)
 DIAGONALS = ("lu", "ones", "zeros", "constant", "uniform", "normal", "s_uniform", "s_normal")
 
 
@@ -371,20 +371,10 @@ def draws(draw: st.DrawFn) -> Draw:
     examples=5,
 )
 def test_noise(impl, case):
-    for name, second, fourth in (("normal", 1.0, 3.0), ("uniform", 1 / 3, 1 / 5)):
+    for name, assert_drawn in (("normal", assert_normal), ("uniform", assert_uniform)):
         options = {"W0": case.W0, "rank": case.rank, "distribution": name}
-        e = impl.draw_noise(generator=case.seed, **options)
-        # Standard errors of the means of e and of e^2, with a false alarm below 1e-7 each
-        assert_close(e.mean(), 0.0, within=6 * np.sqrt(second / e.size), what=f"mean of {name} noise")
-        spread = np.sqrt((fourth - second**2) / e.size)
-        assert_close((e**2).mean(), second, within=8 * spread, what=f"mean square of {name} noise")
-        # Of 460 uniform numbers all lie below 0.95 with probability 6e-11; of normal ones all below 1.9 with 2e-12
-        low, high = (1.9, np.inf) if name == "normal" else (0.95, 1.0)
-        largest = np.abs(e).max()
-        assert low < largest <= high, f"largest entry of {name} noise is {largest:.3g}; needed {low} to {high}"
-        again, other = (impl.draw_noise(generator=case.seed + i, **options) for i in range(2))
-        assert_close(again, e, size=0, what="noise of the same seed")
-        assert np.any(other != e), "two seeds gave the same noise; draw from the argument `generator`"
+        e = seeded(lambda seed, options=options: impl.draw_noise(generator=seed, **options), case.seed, "noise")
+        assert_drawn(e, 1.0, f"{name} noise")
     plain = impl.draw_noise(W0=case.W0, rank=case.rank, generator=case.seed)
     assert np.abs(plain).max() > 1, "without a name the noise is not normal"
 
@@ -405,7 +395,7 @@ class Start(NamedTuple):
 def starts(draw: st.DrawFn, low: int = 1) -> Start:
     rows, columns = draw(sides(low, 7)), draw(sides(low, 7))
     rank, matrices = draw(st.integers(1, min(rows, columns))), Matrices(draw(seeds()), draw(entries()))
-    return Start(_weight(matrices, rows, columns), rank, draw(st.sampled_from(SCALINGS)), matrices(rank) / 2)
+    return Start(_weight(matrices, rows, columns), rank, draw(scalings()), matrices(rank) / 2)
 
 
 def _each_start(case):
@@ -590,7 +580,7 @@ class Layer(NamedTuple):
 @st.composite
 def layers(draw: st.DrawFn, low: int = 1, high: int = 7) -> Layer:
     out_features, in_features = draw(sides(low, high)), draw(sides(low, high))
-    rank, lead = draw(st.integers(1, min(out_features, in_features))), draw(st.sampled_from([(), (3,), (2, 2)]))
+    rank, lead = draw(st.integers(1, min(out_features, in_features))), draw(leads())
     matrices = Matrices(draw(seeds()), draw(entries()))
     return Layer(
         x=matrices(*lead, in_features),
@@ -600,14 +590,14 @@ def layers(draw: st.DrawFn, low: int = 1, high: int = 7) -> Layer:
         z=_pivots(matrices, rank),
         L=_triangle(matrices, out_features, rank),
         P=matrices.rng.permutation(out_features),
-        scaling=draw(st.sampled_from(SCALINGS)),
+        scaling=draw(scalings()),
         bias=matrices(out_features),
         rank=rank,
     )
 
 
 def _factors(case):
-    return {"U": case.U, "z": case.z, "L": case.L, "P": case.P, "scaling": case.scaling}
+    return of(case, "U", "z", "L", "P", "scaling")
 
 
 def _delta_weight(impl, U, z, L, P, scaling):
@@ -632,11 +622,7 @@ def test_forward(impl, case):
     for bias in (case.bias, 0 * case.bias):
         given = {"bias": bias} if bias.any() else {}
         y = impl.forward(x=case.x, W_base=case.W_base, **_factors(case), **given)
-        want, scale = np.zeros_like(y), np.zeros_like(y)
-        for position in np.ndindex(y.shape[:-1]):
-            want[position] = (case.W_base + delta) @ case.x[position] + bias
-            scale[position] = (np.abs(case.W_base) + size) @ np.abs(case.x[position]) + np.abs(bias)
-        assert_close(y, want, size=scale, what="y")
+        assert_linear(y, case.x, case.W_base + delta, bias, size=np.abs(case.W_base) + size)
 
 
 @law(
@@ -651,7 +637,7 @@ def test_forward_is_merged(impl, case):
     W = impl.merge(W_base=case.W_base, **_factors(case))
     y = impl.forward(x=case.x, W_base=case.W_base, bias=case.bias, **_factors(case))
     sizes = np.abs(case.W_base) + _sum(case.U, case.z, case.L, case.P, case.scaling)[1]
-    assert_close(y, case.x @ W.T + case.bias, size=np.abs(case.x) @ sizes.T + np.abs(case.bias), what="y")
+    assert_linear(y, case.x, W, case.bias, size=sizes)
 
 
 @law(

@@ -6,12 +6,12 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
+from loracle.oracle_tests.draws import assert_normal, assert_uniform, seeded
+from loracle.oracle_tests.expected import assert_linear, outer_sum
 from loracle.oracle_tests.law import assert_close, law, theorem
 from loracle.oracle_tests.loading import Derivation
 from loracle.oracle_tests.problems import LogisticRegression, slope
-from loracle.oracle_tests.strategies import Matrices, entries, seeds, sides
-
-SCALINGS = (2.0, 0.5, 3.0, 1.25)
+from loracle.oracle_tests.strategies import Matrices, entries, leads, scaling_cases, scalings, seeds, sides
 
 
 class Layer(NamedTuple):
@@ -36,7 +36,7 @@ class Layer(NamedTuple):
 def layers(draw: st.DrawFn, low: int = 1, high: int = 7, below_full_rank: bool = False) -> Layer:
     out_features, in_features = draw(sides(low, high)), draw(sides(low, high))
     rank = draw(st.integers(1, min(out_features, in_features) - below_full_rank))
-    lead = draw(st.sampled_from([(), (3,), (2, 2)]))
+    lead = draw(leads())
     seed = draw(seeds())
     matrices = Matrices(seed, draw(entries()))
     return Layer(
@@ -46,7 +46,7 @@ def layers(draw: st.DrawFn, low: int = 1, high: int = 7, below_full_rank: bool =
         W0=matrices(out_features, in_features),
         A=matrices(rank, in_features),
         B=matrices(out_features, rank),
-        scaling=draw(st.sampled_from(SCALINGS)),
+        scaling=draw(scalings()),
         bias=matrices(out_features),
         mask=matrices.mask(*lead, in_features),
         p=draw(st.sampled_from([0.5, 0.25])),
@@ -109,8 +109,7 @@ def test_start_merge(impl, case):
 def test_forward_is_merged(impl, case):
     y = impl.forward(x=case.x, W0=case.W0, A=case.A, B=case.B, scaling=case.scaling)
     W = impl.merge(W0=case.W0, A=case.A, B=case.B, scaling=case.scaling)
-    entries = np.abs(case.W0) + case.scaling * np.abs(case.B) @ np.abs(case.A)
-    assert_close(y, case.x @ W.T, size=np.abs(case.x) @ entries.T, what="y")
+    assert_linear(y, case.x, W, size=np.abs(case.W0) + case.scaling * np.abs(case.B) @ np.abs(case.A))
 
 
 @law(
@@ -137,9 +136,8 @@ def test_unmerge(impl, case):
 )
 def test_unmerge_any_weight(impl, case):
     W0 = impl.unmerge(W=case.W0, A=case.A, B=case.B, scaling=case.scaling)
-    outer = [np.multiply.outer(case.B[:, k], case.A[k]) for k in range(case.rank)]
-    size = np.abs(case.W0) + case.scaling * np.sum(np.abs(outer), axis=0)
-    assert_close(W0, case.W0 - case.scaling * np.sum(outer, axis=0), size=size, what="W0")
+    delta, size = outer_sum(case.A, case.B, case.scaling)
+    assert_close(W0, case.W0 - delta, size=np.abs(case.W0) + size, what="W0")
 
 
 @law(
@@ -152,9 +150,8 @@ def test_unmerge_any_weight(impl, case):
 )
 def test_merge(impl, case):
     W = impl.merge(W0=case.W0, A=case.A, B=case.B, scaling=case.scaling)
-    outer = [np.multiply.outer(case.B[:, k], case.A[k]) for k in range(case.rank)]
-    size = np.abs(case.W0) + case.scaling * np.sum(np.abs(outer), axis=0)
-    assert_close(W, case.W0 + case.scaling * np.sum(outer, axis=0), size=size, what="W")
+    delta, size = outer_sum(case.A, case.B, case.scaling)
+    assert_close(W, case.W0 + delta, size=np.abs(case.W0) + size, what="W")
 
 
 @law(
@@ -166,9 +163,8 @@ def test_merge(impl, case):
     cases=layers(),
 )
 def test_delta_weight(impl, case):
-    delta = impl.delta_weight(A=case.A, B=case.B, scaling=case.scaling)
-    outer = [np.multiply.outer(case.B[:, k], case.A[k]) for k in range(case.rank)]
-    assert_close(delta, case.scaling * np.sum(outer, axis=0), size=case.scaling * np.sum(np.abs(outer), axis=0), what="Delta W")
+    want, size = outer_sum(case.A, case.B, case.scaling)
+    assert_close(impl.delta_weight(A=case.A, B=case.B, scaling=case.scaling), want, size=size, what="Delta W")
 
 
 @law(
@@ -479,20 +475,13 @@ def test_eckart_young(impl, case):
 # Scaling and draws
 
 
-class ScalingCase(NamedTuple):
-    """A rank and an alpha."""
-
-    alpha: float
-    rank: int
-
-
 @law(
     "lora.L10a",
     says="LoRA's scaling is alpha over the rank.",
     formula=r"s = \alpha / r",
     needs=("scaling_factor",),
     tolerance=4,
-    cases=st.builds(ScalingCase, alpha=st.sampled_from([1.0, 8.0, 16.0, 0.3]), rank=st.integers(1, 512)),
+    cases=scaling_cases(),
 )
 def test_scaling(impl, case):
     scaling = impl.scaling_factor(alpha=case.alpha, rank=case.rank)
@@ -505,7 +494,7 @@ def test_scaling(impl, case):
     formula=r"s_{rs} = \alpha / \sqrt r",
     needs=("scaling_factor.rslora",),
     tolerance=8,
-    cases=st.builds(ScalingCase, alpha=st.sampled_from([1.0, 8.0, 16.0, 0.3]), rank=st.integers(1, 512)),
+    cases=scaling_cases(),
 )
 def test_rslora_scaling(impl, case):
     scaling = impl.scaling_factor(alpha=case.alpha, rank=case.rank, rslora=True)
@@ -536,7 +525,7 @@ def _start_factors(impl, case, count, **options):
 
 @law(
     "lora.L9a",
-    says="At the start the entries of A fill the interval of half-width 1/sqrt(in), and never leave it.",
+    says="At the start the entries of A fill the interval of half-width 1/sqrt(in), evenly, and never leave it.",
     formula=r"|A_{ij}| \le 1/\sqrt n",
     needs=("init",),
     tolerance=2,
@@ -544,12 +533,7 @@ def _start_factors(impl, case, count, **options):
     examples=5,
 )
 def test_support_of_the_start(impl, case):
-    A, bound = _start_factors(impl, case, 20), 1 / np.sqrt(case.W0.shape[1])
-    beyond = np.maximum(np.abs(A) - bound, 0)
-    assert_close(beyond, np.zeros_like(beyond), size=bound, what="part of A beyond the bound")
-    # 480 or more uniform entries all stay below 0.95 of the bound with probability 2e-11, none is below -0.9 with 2e-11
-    assert np.abs(A).max() > 0.95 * bound, f"the largest entry of A is {np.abs(A).max()}, far inside the bound {bound}"
-    assert A.min() < -0.9 * bound, f"the smallest entry of A is {A.min()}; the interval reaches down to {-bound}"
+    assert_uniform(_start_factors(impl, case, 20), 1 / np.sqrt(case.W0.shape[1]), "A")
 
 
 @law(
@@ -583,10 +567,7 @@ def test_scale_of_the_first_update(impl, case):
     examples=5,
 )
 def test_seed_of_the_start(impl, case):
-    first, other = _start_factors(impl, case, 2)
-    again = impl.init(W0=case.W0, rank=case.rank, generator=case.seed).A
-    assert_close(again, first, size=0, what="A from the same seed")
-    assert np.any(other != first), "two seeds gave the same A; draw from the argument `generator`"
+    seeded(lambda seed: impl.init(W0=case.W0, rank=case.rank, generator=seed), case.seed, "A")
 
 
 @law(
@@ -599,12 +580,7 @@ def test_seed_of_the_start(impl, case):
     examples=5,
 )
 def test_gaussian_start(impl, case):
-    A = case.rank * _start_factors(impl, case, 40, distribution="gaussian")
-    # Standard errors of the mean and of the second moment of N >= 960 normal numbers: 1/sqrt(N) and sqrt(2/N)
-    assert_close(A.mean(), 0.0, within=6 / np.sqrt(A.size), what="mean of rank * A")
-    assert_close((A**2).mean(), 1.0, within=7 * np.sqrt(2 / A.size), what="mean square of rank * A")
-    # All stay below two standard deviations with probability below 1e-19
-    assert np.abs(A).max() > 2, f"none of {A.size} entries exceeds two standard deviations: no Gaussian"
+    assert_normal(_start_factors(impl, case, 40, distribution="gaussian"), 1 / case.rank, "A")
 
 
 # Dropout
@@ -634,7 +610,7 @@ def dropout_cases(draw: st.DrawFn) -> DropoutCase:
         W0=matrices(out_features, in_features),
         A=matrices(rank, in_features),
         B=matrices(out_features, rank),
-        scaling=draw(st.sampled_from(SCALINGS)),
+        scaling=draw(scalings()),
         p=draw(st.sampled_from([0.5, 0.25])),
     )
 
@@ -697,14 +673,13 @@ class MaskCase(NamedTuple):
     examples=5,
 )
 def test_mask(impl, case):
-    mask = impl.draw_mask(x=case.x, p=case.p, generator=case.seed)
+    mask = seeded(lambda seed: impl.draw_mask(x=case.x, p=case.p, generator=seed), case.seed, "mask")
     assert mask.dtype == bool, f"the mask has dtype {mask.dtype}; needed boolean, True where the entry is kept"
     width = np.sqrt(case.p * (1 - case.p))
     assert_close(mask.mean(), 1 - case.p, within=6 * width / np.sqrt(mask.size), what="share of kept entries")
     # A mask drawn per row or per column would have rows or columns all alike: their shares would spread by the full width
     assert_close(mask.mean(axis=0), np.full(50, 1 - case.p), within=6.5 * width / np.sqrt(60), what="share kept in a column")
     assert_close(mask.mean(axis=1), np.full(60, 1 - case.p), within=6.5 * width / np.sqrt(50), what="share kept in a row")
-    assert_close(impl.draw_mask(x=case.x, p=case.p, generator=case.seed), mask, size=0, what="mask from the same seed")
 
 
 @law(

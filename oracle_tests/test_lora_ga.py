@@ -11,13 +11,14 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
+from loracle.oracle_tests.draws import assert_normal, seeded
+from loracle.oracle_tests.expected import outer_sum, space_conditioning, truncated
 from loracle.oracle_tests.law import assert_close, law, theorem
-from loracle.oracle_tests.problems import LogisticRegression, slope
-from loracle.oracle_tests.strategies import Matrices, entries, seeds
+from loracle.oracle_tests.problems import LinearRegression, LogisticRegression, slope
+from loracle.oracle_tests.strategies import Matrices, entries, many_gradients, scaling_cases, scalings, seeds
 
 # Values at which wrong formulas do not agree with right ones: no 1, no default, no root of a side
 ALPHAS = (16.0, 3.0, 5.0)
-SCALINGS = (2.0, 0.5, 3.0, 1.25)
 GAMMAS = (5.0, 2.5, 40.0)
 NAMED = ("ArB2r", "A2rBr", "ArBr")
 DIRECTIONS = (*NAMED, "random")
@@ -55,7 +56,7 @@ def starts(draw: st.DrawFn, ranks: tuple[int, ...] = (1, 2, 3), beyond: tuple[in
         W0=2 * matrices.separated(out_features, in_features),
         rank=rank,
         alpha=draw(st.sampled_from(ALPHAS)),
-        scaling=draw(st.sampled_from(SCALINGS)),
+        scaling=draw(scalings()),
         gamma=draw(st.sampled_from(GAMMAS)),
         kappa=draw(st.sampled_from([3.0, -0.7, 0.01])),
         lr=draw(st.sampled_from([0.5, 0.125])),
@@ -74,27 +75,9 @@ def _square_of_the_scale(scale, scaling, gamma, W0, rank):
     return np.mean(np.sqrt(np.linalg.svd(W0, compute_uv=False)[:rank])) ** 2 / scaling
 
 
-def _truncated(G, rank):
-    """The matrix of that rank that is nearest to G: G on its leading right singular vectors."""
-    V = np.linalg.svd(G)[2][:rank].T
-    return G @ V @ V.T
-
-
 def _first_step(G, A, B, scaling):
     """The change of s B A to first order in the learning rate, divided by minus that rate."""
     return scaling**2 * (B @ (B.T @ G) + (G @ A.T) @ A)
-
-
-def _conditioning(values, side, chosen):
-    """Largest singular value over the smallest distance of a chosen one from the others: how far rounding turns their space.
-
-    `side` is the length of the singular vectors. Those beyond the last singular value have the value 0.
-    """
-    values = np.append(values, np.zeros(side - len(values)))
-    inside = np.isin(np.arange(side), chosen)
-    if inside.all():
-        return 1.0
-    return values[0] / np.min(np.abs(values[inside][:, None] - values[~inside]))
 
 
 def _named_sets(direction, rank):
@@ -107,7 +90,7 @@ def _named_sets(direction, rank):
 def _assert_spaces(A, B, G, for_A, for_B, square):
     """Assert that A'A and BB' are c^2 times the projectors on the chosen singular vectors of G."""
     U, values, Vt = np.linalg.svd(G)
-    right, left = _conditioning(values, G.shape[1], for_A), _conditioning(values, G.shape[0], for_B)
+    right, left = space_conditioning(values, G.shape[1], for_A), space_conditioning(values, G.shape[0], for_B)
     assert_close(A.T @ A, square * Vt[for_A].T @ Vt[for_A], size=square, conditioning=right, what="A'A")
     assert_close(B @ B.T, square * U[:, for_B] @ U[:, for_B].T, size=square, conditioning=left, what="BB'")
 
@@ -130,7 +113,7 @@ def corrections(draw: st.DrawFn) -> Correction:
     matrices = Matrices(draw(seeds()), draw(entries()))
     # Thirds exist in no precision
     W0, A, B = matrices(out_features, in_features), matrices(rank, in_features) / 3, matrices(out_features, rank)
-    return Correction(W0, A, B, draw(st.sampled_from(SCALINGS)))
+    return Correction(W0, A, B, draw(scalings()))
 
 
 @law(
@@ -143,9 +126,8 @@ def corrections(draw: st.DrawFn) -> Correction:
 )
 def test_base_weight(impl, case):
     W_base = impl.base_weight(W0=case.W0, A=case.A, B=case.B, scaling=case.scaling)
-    outer = [np.multiply.outer(case.B[:, k], case.A[k]) for k in range(len(case.A))]
-    size = np.abs(case.W0) + case.scaling * np.sum(np.abs(outer), axis=0)
-    assert_close(W_base, case.W0 - case.scaling * np.sum(outer, axis=0), size=size, what="W_base")
+    delta, size = outer_sum(case.A, case.B, case.scaling)
+    assert_close(W_base, case.W0 - delta, size=np.abs(case.W0) + size, what="W_base")
 
 
 @st.composite
@@ -280,7 +262,7 @@ def test_defaults_of_the_scale(impl, case):
 def test_first_step(impl, case):
     A, B = impl.init(G=case.G, scaling=case.scaling, rank=case.rank, gamma=case.gamma)
     zeta = case.scaling**2 * np.sqrt(len(case.G)) / case.gamma
-    want = zeta * _truncated(case.G, 2 * case.rank)
+    want = zeta * truncated(case.G, 2 * case.rank)
     assert_close(_first_step(case.G, A, B, case.scaling), want, size=zeta * np.linalg.norm(case.G, 2), what="the first step")
 
 
@@ -358,7 +340,7 @@ def test_named_directions(impl, case):
 )
 def test_every_direction(impl, case):
     zeta = case.scaling**2 * np.sqrt(len(case.G)) / case.gamma
-    want, options = zeta * _truncated(case.G, 2 * case.rank), {"scaling": case.scaling, "rank": case.rank, "gamma": case.gamma}
+    want, options = zeta * truncated(case.G, 2 * case.rank), {"scaling": case.scaling, "rank": case.rank, "gamma": case.gamma}
     for direction in DIRECTIONS[1:]:  # the first is the default, of L3a
         A, B = impl.init(G=case.G, direction=direction, generator=case.seed, **options)
         step = _first_step(case.G, A, B, case.scaling)
@@ -519,20 +501,13 @@ def test_zeta_of_every_scale(impl, case):
         assert_close(zeta, want, size=want, what=f"zeta for {scale}")
 
 
-class ScalingCase(NamedTuple):
-    """An alpha and a rank."""
-
-    alpha: float
-    rank: int
-
-
 @law(
     "lora_ga.L6c",
     says="The scaling is rsLoRA's: squared, times the rank, it is alpha squared.",
     formula=r"s = \alpha / \sqrt r",
     needs=("scaling_factor",),
     tolerance=8,
-    cases=st.builds(ScalingCase, alpha=st.sampled_from([1.0, 8.0, 16.0, 0.3]), rank=st.integers(1, 512)),
+    cases=scaling_cases(),
 )
 def test_scaling(impl, case):
     scaling = impl.scaling_factor(alpha=case.alpha, rank=case.rank)
@@ -597,7 +572,7 @@ def test_odd_part_of_the_step(impl, case):
     A, B = impl.init(G=G, scaling=s, rank=case.rank, gamma=case.gamma)
     odd = (_exact_step(G, A, B, s, lr) - _exact_step(G, A, B, s, -lr)) / 2
     zeta, largest = s**2 * np.sqrt(len(G)) / case.gamma, np.linalg.norm(G, 2)
-    want = -lr * zeta * _truncated(G, 2 * case.rank)
+    want = -lr * zeta * truncated(G, 2 * case.rank)
     assert_close(odd, want, size=lr * zeta * largest, what="the part of the step that is odd in the learning rate")
 
 
@@ -657,7 +632,7 @@ def test_size_of_the_gradient(impl, case):
     other_A, other_B = impl.init(G=case.kappa * case.G, **options)
     values, square = np.linalg.svd(case.G, compute_uv=False), np.sqrt(len(case.G)) / case.gamma
     for_A, for_B = _named_sets("ArB2r", case.rank)
-    right, left = _conditioning(values, case.G.shape[1], for_A), _conditioning(values, len(case.G), for_B)
+    right, left = space_conditioning(values, case.G.shape[1], for_A), space_conditioning(values, len(case.G), for_B)
     assert_close(other_A.T @ other_A, A.T @ A, size=square, conditioning=right, what="A'A for kappa G")
     assert_close(other_B @ other_B.T, B @ B.T, size=square, conditioning=left, what="BB' for kappa G")
 
@@ -697,7 +672,7 @@ def test_turned_gradient(impl, case):
     turned_A, turned_B = impl.init(G=Q_out @ case.G @ Q_in.T, **options)
     values = np.linalg.svd(case.G, compute_uv=False)
     for_A, for_B = _named_sets("ArB2r", case.rank)
-    right, left = _conditioning(values, case.G.shape[1], for_A), _conditioning(values, len(case.G), for_B)
+    right, left = space_conditioning(values, case.G.shape[1], for_A), space_conditioning(values, len(case.G), for_B)
     # Relative to what the implementation's own factors measure: their right length is another law's matter
     size_A, size_B = np.linalg.norm(A, 2) ** 2, np.linalg.norm(B, 2) ** 2
     assert_close(turned_A.T @ turned_A, Q_in @ A.T @ A @ Q_in.T, size=size_A, conditioning=right, what="A'A for the turned gradient")
@@ -746,15 +721,10 @@ def samples(draw: st.DrawFn) -> Samples:
     cases=samples(),
 )
 def test_equal_microbatches(impl, case):
-    X, Y = case.X, case.Y
-
-    def grad(W, rows):
-        return (-Y[rows] / (1 + np.exp(Y[rows] * (X[rows] @ W.T)))).T @ X[rows] / len(rows)
-
-    everything = np.arange(len(X))
-    got = impl.estimate_gradient(grad=grad, W0=case.W0, batches=list(everything.reshape(case.batches, -1)))
+    X, Y, problem = case.X, case.Y, LogisticRegression(case.X, case.Y)
+    got = impl.estimate_gradient(grad=problem.grad, W0=case.W0, batches=list(np.arange(len(X)).reshape(case.batches, -1)))
     size = (1 / (1 + np.exp(Y * (X @ case.W0.T)))).T @ np.abs(X) / len(X)
-    assert_close(got, grad(case.W0, everything), size=size, what="the estimated gradient")
+    assert_close(got, problem.grad(case.W0), size=size, what="the estimated gradient")
 
 
 @law(
@@ -767,27 +737,11 @@ def test_equal_microbatches(impl, case):
 )
 def test_unequal_microbatches(impl, case):
     X, Y = case.X, case.Y
-
-    def grad(W, rows):
-        return (X[rows] @ W.T - Y[rows]).T @ X[rows] / len(rows)
-
     batches = np.split(np.arange(len(X)), np.arange(1, case.batches))  # all but the last of one sample
-    got = impl.estimate_gradient(grad=grad, W0=case.W0, batches=batches)
+    got = impl.estimate_gradient(grad=LinearRegression(X, Y).grad, W0=case.W0, batches=batches)
     weights = np.concatenate([np.full((len(rows), 1), 1 / (len(batches) * len(rows))) for rows in batches])
     size = (weights * (np.abs(X) @ np.abs(case.W0).T + np.abs(Y))).T @ np.abs(X)
     assert_close(got, (weights * (X @ case.W0.T - Y)).T @ X, size=size, what="the estimated gradient")
-
-
-class Many(NamedTuple):
-    """Many gradients of whole numbers."""
-
-    gradients: np.ndarray  # (batches, out, in)
-
-
-@st.composite
-def many(draw: st.DrawFn) -> Many:
-    rng = Matrices(draw(seeds())).rng
-    return Many(rng.integers(1, 100, (768, draw(st.integers(2, 3)), draw(st.integers(2, 3)))).astype(float))
 
 
 @law(
@@ -796,7 +750,7 @@ def many(draw: st.DrawFn) -> Many:
     formula=r"G = \tfrac1K \sum_{k=1}^{K} G_k, \quad K = 768",
     needs=("estimate_gradient",),
     tolerance=12,
-    cases=many(),
+    cases=many_gradients(),
     examples=1,
 )
 def test_many_microbatches(impl, case):
@@ -904,17 +858,9 @@ def sketch_cases(draw: st.DrawFn) -> SketchCase:
 def test_sketch(impl, case):
     small = min(case.G.shape)
     for rank, width in ((4, 16), (12, small)):
-        sketch = impl.draw_sketch(G=case.G, rank=rank, generator=case.seed)
+        sketch = seeded(lambda seed, rank=rank: impl.draw_sketch(G=case.G, rank=rank, generator=seed), case.seed, "sketch")
         assert sketch.shape == (small, width), f"for rank {rank} the sketch has shape {sketch.shape}; needed {(small, width)}"
-        # Standard errors of the mean and of the second moment of N >= 480 normal numbers: 1/sqrt(N) and sqrt(2/N)
-        assert_close(sketch.mean(), 0.0, within=6 / np.sqrt(sketch.size), what="mean of the sketch")
-        assert_close((sketch**2).mean(), 1.0, within=8 * np.sqrt(2 / sketch.size), what="mean square of the sketch")
-        # All of 480 or more stay below two standard deviations with probability 2e-10; uniform numbers never leave 1.74
-        assert np.abs(sketch).max() > 2, f"none of {sketch.size} entries exceeds two standard deviations: no Gaussian"
-        again = impl.draw_sketch(G=case.G, rank=rank, generator=case.seed)
-        assert_close(again, sketch, size=0, what="the sketch from the same seed")
-        other = impl.draw_sketch(G=case.G, rank=rank, generator=case.seed + 1)
-        assert np.any(other != sketch), "two seeds gave the same sketch; draw from the argument `generator`"
+        assert_normal(sketch, 1.0, "the sketch")
 
 
 # Theorem checks: the mathematics itself
@@ -954,7 +900,7 @@ def test_no_pair_does_better(case):
 )
 def test_every_split(case):
     U, values, Vt = np.linalg.svd(case.G)
-    want = _truncated(case.G, 2 * case.rank)
+    want = truncated(case.G, 2 * case.rank)
     halves = [list(half) for half in combinations(range(2 * case.rank), case.rank)]
     for for_A, for_B in product(halves, halves):
         step = _first_step(case.G, Vt[for_A], U[:, for_B], 1.0)

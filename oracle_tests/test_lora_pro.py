@@ -11,11 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
-from loracle.oracle_tests.law import assert_close, law, theorem
+from loracle.oracle_tests.law import assert_close, law, of, theorem
 from loracle.oracle_tests.problems import LogisticRegression
-from loracle.oracle_tests.strategies import Matrices, entries, seeds
+from loracle.oracle_tests.strategies import Matrices, entries, scalings, seeds
 
-SCALINGS = (2.0, 0.5, 3.0, 1.25)
 NAMED = ("sylvester", "zero", "symmetry")
 
 
@@ -61,7 +60,7 @@ def pulls(draw: st.DrawFn, beyond: tuple[int, ...] = (1, 2, 3), ranks: tuple[int
         B=_of_full_rank(matrices, m, rank),
         X=_grid(matrices(rank, rank), 0.125),
         M=np.tril(matrices.rng.integers(-1, 2, (rank, rank)), -1) + np.diag(matrices.rng.choice([2.0, -1.0, 0.5], rank)),
-        scaling=draw(st.sampled_from(SCALINGS)),
+        scaling=draw(scalings()),
         lr=draw(st.sampled_from([0.5, 0.125])),
         seed=seed,
     )
@@ -162,7 +161,7 @@ class Move(NamedTuple):
 def moves(draw: st.DrawFn) -> Move:
     m, n, rank = draw(st.integers(1, 6)), draw(st.integers(1, 6)), draw(st.integers(1, 4))
     matrices = Matrices(draw(seeds()), draw(entries()))
-    return Move(matrices(rank, n), matrices(m, rank), matrices(rank, n), matrices(m, rank), draw(st.sampled_from(SCALINGS)))
+    return Move(matrices(rank, n), matrices(m, rank), matrices(rank, n), matrices(m, rank), draw(scalings()))
 
 
 @law(
@@ -702,7 +701,7 @@ def _adam(g, moment1, moment2, t, beta1=0.9, beta2=0.999, adam_eps=1e-8):
 
 
 def _options(case):
-    return {"beta1": case.beta1, "beta2": case.beta2, "adam_eps": case.adam_eps}
+    return of(case, "beta1", "beta2", "adam_eps")
 
 
 def _step_size(direction, A, B, scaling, lr, X):

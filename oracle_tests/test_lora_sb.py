@@ -10,13 +10,12 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
+from loracle.oracle_tests.draws import assert_normal, seeded
+from loracle.oracle_tests.expected import assert_linear, core_sum, space_conditioning, truncated
 from loracle.oracle_tests.law import assert_close, law, theorem
 from loracle.oracle_tests.loading import Derivation
 from loracle.oracle_tests.problems import LinearRegression, LogisticRegression, slope
-from loracle.oracle_tests.strategies import Matrices, entries, seeds, sides
-
-# Values at which wrong formulas do not agree with right ones: no 1, no power that is one of the others
-SCALINGS = (2.0, 0.5, 3.0, 1.25)
+from loracle.oracle_tests.strategies import Matrices, entries, leads, many_gradients, scalings, seeds, sides
 
 
 class Layer(NamedTuple):
@@ -51,7 +50,7 @@ def layers(draw: st.DrawFn, low: int = 1, high: int = 7, full_rank: bool = False
     out_features = draw(sides(low, high))
     in_features = out_features if full_rank else draw(sides(low, high))
     rank = out_features if full_rank else draw(st.integers(1, min(out_features, in_features)))
-    lead = draw(st.sampled_from([(), (3,), (2, 2)]))
+    lead = draw(leads())
     seed = draw(seeds())
     matrices = Matrices(seed, draw(entries()))
     return Layer(
@@ -62,18 +61,12 @@ def layers(draw: st.DrawFn, low: int = 1, high: int = 7, full_rank: bool = False
         R=matrices(rank, rank),
         B=_factor(matrices, out_features, rank),
         D=matrices(rank, rank),
-        scaling=draw(st.sampled_from(SCALINGS)),
+        scaling=draw(scalings()),
         bias=matrices(out_features),
         rank=rank,
         lr=draw(st.sampled_from([0.5, 0.125])),
         seed=seed,
     )
-
-
-def _sum(A, R, B, scaling):
-    """s B R A entry by entry of R, and the size of what is summed."""
-    terms = [R[k, j] * np.multiply.outer(B[:, k], A[j]) for k, j in np.ndindex(*R.shape)]
-    return scaling * np.sum(terms, axis=0), scaling * np.sum(np.abs(terms), axis=0)
 
 
 def _delta_weight(impl, A, R, B, scaling=1.0):
@@ -114,15 +107,11 @@ def test_gradients(impl, case):
 )
 def test_forward(impl, case):
     options = {"W0": case.W0, "A": case.A, "R": case.R, "B": case.B, "scaling": case.scaling}
-    delta, size = _sum(case.A, case.R, case.B, case.scaling)
+    delta, size = core_sum(case.A, case.R, case.B, case.scaling)
     for bias in (case.bias, 0 * case.bias):
         given = {"bias": bias} if bias.any() else {}
         y = impl.forward(x=case.x, **options, **given)
-        want, scale = np.zeros_like(y), np.zeros_like(y)
-        for position in np.ndindex(y.shape[:-1]):
-            want[position] = (case.W0 + delta) @ case.x[position] + bias
-            scale[position] = (np.abs(case.W0) + size) @ np.abs(case.x[position]) + np.abs(bias)
-        assert_close(y, want, size=scale, what="y")
+        assert_linear(y, case.x, case.W0 + delta, bias, size=np.abs(case.W0) + size)
 
 
 @law(
@@ -136,8 +125,8 @@ def test_forward(impl, case):
 def test_forward_is_merged(impl, case):
     options = {"W0": case.W0, "A": case.A, "R": case.R, "B": case.B, "scaling": case.scaling}
     W, y = impl.merge(**options), impl.forward(x=case.x, bias=case.bias, **options)
-    weights = np.abs(case.W0) + _sum(case.A, case.R, case.B, case.scaling)[1]
-    assert_close(y, case.x @ W.T + case.bias, size=np.abs(case.x) @ weights.T + np.abs(case.bias), what="y")
+    weights = np.abs(case.W0) + core_sum(case.A, case.R, case.B, case.scaling)[1]
+    assert_linear(y, case.x, W, case.bias, size=weights)
 
 
 @law(
@@ -150,7 +139,7 @@ def test_forward_is_merged(impl, case):
 )
 def test_merge(impl, case):
     W = impl.merge(W0=case.W0, A=case.A, R=case.R, B=case.B, scaling=case.scaling)
-    delta, size = _sum(case.A, case.R, case.B, case.scaling)
+    delta, size = core_sum(case.A, case.R, case.B, case.scaling)
     assert_close(W, case.W0 + delta, size=np.abs(case.W0) + size, what="W")
 
 
@@ -163,7 +152,7 @@ def test_merge(impl, case):
     cases=layers(),
 )
 def test_delta_weight(impl, case):
-    want, size = _sum(case.A, case.R, case.B, case.scaling)
+    want, size = core_sum(case.A, case.R, case.B, case.scaling)
     assert_close(impl.delta_weight(A=case.A, R=case.R, B=case.B, scaling=case.scaling), want, size=size, what="Delta W")
 
 
@@ -179,7 +168,7 @@ def test_equivalence_is_exact(impl, case):
     options = {"A": case.A, "B": case.B, "scaling": case.scaling}
     change = impl.delta_weight(R=case.R + case.D, **options) - impl.delta_weight(R=case.R, **options)
     got = impl.equivalent_gradient(grad_R=case.D, **options)
-    size = _sum(case.A, np.abs(case.R) + np.abs(case.D), case.B, case.scaling)[1]
+    size = core_sum(case.A, np.abs(case.R) + np.abs(case.D), case.B, case.scaling)[1]
     assert_close(change, got, size=size, what="change of the weight")
 
 
@@ -193,7 +182,7 @@ def test_equivalence_is_exact(impl, case):
 )
 def test_equivalent_gradient(impl, case):
     got = impl.equivalent_gradient(grad_R=case.D, A=case.A, B=case.B, scaling=case.scaling)
-    want, size = _sum(case.A, case.D, case.B, case.scaling)
+    want, size = core_sum(case.A, case.D, case.B, case.scaling)
     assert_close(got, want, size=size, what="the equivalent gradient")
 
 
@@ -375,23 +364,11 @@ def starts(draw: st.DrawFn, low: int = 1, full_rank: bool = False) -> Start:
         W0=matrices(out_features, in_features),
         G=np.sign(normal) * (0.25 + np.abs(normal)),
         rank=smallest if full_rank else draw(st.integers(1, smallest)),
-        scaling=draw(st.sampled_from(SCALINGS)),
+        scaling=draw(scalings()),
         lr=draw(st.sampled_from([0.5, 0.125, 0.01])),
         adam_eps=draw(st.sampled_from([0.5, 0.125])),
         seed=seed,
     )
-
-
-def _truncated(M, rank):
-    """The matrix of that rank that is nearest to M: M on its leading right singular vectors."""
-    V = np.linalg.svd(M)[2][:rank].T
-    return M @ V @ V.T
-
-
-def _turned(values, side, rank):
-    """Largest singular value over the distance of the chosen ones from the others: how far rounding turns their space."""
-    values = np.append(values, np.zeros(side - len(values)))
-    return 1.0 if rank == side else values[0] / (values[rank - 1] - values[rank])
 
 
 @law(
@@ -419,7 +396,7 @@ def test_orthonormal_factors(impl, case):
 def test_factors_of_the_start(impl, case):
     A, R, B = impl.init(update=case.update, scaling=case.scaling, rank=case.rank)
     U, values, Vt = np.linalg.svd(case.update)
-    left, right = (_turned(values, side, case.rank) for side in case.update.shape)
+    left, right = (space_conditioning(values, side, range(case.rank)) for side in case.update.shape)
     assert_close(A.T @ A, Vt[: case.rank].T @ Vt[: case.rank], conditioning=right, what="A'A")
     assert_close(B @ B.T, U[:, : case.rank] @ U[:, : case.rank].T, conditioning=left, what="BB'")
     size = values[0] / case.scaling
@@ -454,8 +431,8 @@ def test_start_is_the_best_approximation(impl, case):
 def test_start_without_a_scaling(impl, case):
     A, R, B = impl.init(update=case.update, rank=case.rank)
     values = np.linalg.svd(case.update, compute_uv=False)
-    conditioning = _turned(values, case.update.shape[1], case.rank)
-    assert_close(B @ R @ A, _truncated(case.update, case.rank), size=values[0], conditioning=conditioning, what="B R A")
+    conditioning = space_conditioning(values, case.update.shape[1], range(case.rank))
+    assert_close(B @ R @ A, truncated(case.update, case.rank), size=values[0], conditioning=conditioning, what="B R A")
 
 
 @law(
@@ -471,8 +448,8 @@ def test_no_correction(impl, case):
     for scaling, start in ((case.scaling, scaled), (1.0, impl.init_weights(W0=case.W0, update=case.update, rank=case.rank))):
         assert_close(start.W0, case.W0, size=0, what="the frozen weight")
         values = np.linalg.svd(case.update, compute_uv=False)
-        conditioning, size = _turned(values, case.update.shape[1], case.rank), values[0]
-        want = _truncated(case.update, case.rank)
+        conditioning, size = space_conditioning(values, case.update.shape[1], range(case.rank)), values[0]
+        want = truncated(case.update, case.rank)
         assert_close(scaling * start.B @ start.R @ start.A, want, size=size, conditioning=conditioning, what="s B R A")
 
 
@@ -573,11 +550,6 @@ def samples(draw: st.DrawFn) -> Samples:
     return Samples(X, Y, matrices(out_features, in_features) / 8, batches, draw(st.sampled_from([0.5, 0.125])), 0.25)
 
 
-def _of_rows(case):
-    """The gradient of the mean loss of some samples."""
-    return lambda W, rows: (case.X[rows] @ W.T - case.Y[rows]).T @ case.X[rows] / len(rows)
-
-
 @law(
     "lora_sb.L11a",
     says="The first update comes from the gradient averaged over the batches, not from the average of each batch's update.",
@@ -588,9 +560,10 @@ def _of_rows(case):
 )
 def test_estimated_update(impl, case):
     batches = list(np.arange(len(case.X)).reshape(case.batches, -1))
-    G = LinearRegression(case.X, case.Y).grad(case.W0)
+    problem = LinearRegression(case.X, case.Y)
+    G = problem.grad(case.W0)
     size = (np.abs(case.X) @ np.abs(case.W0).T + np.abs(case.Y)).T @ np.abs(case.X) / len(case.X)
-    options = {"grad": _of_rows(case), "W0": case.W0, "batches": batches, "lr": case.lr}
+    options = {"grad": problem.grad, "W0": case.W0, "batches": batches, "lr": case.lr}
     got = impl.estimate_update(optimizer="sgd", **options)
     assert_close(got, -case.lr * G, size=case.lr * size, what="the update of gradient descent")
     # The sum of gradients that round apart may have another sign: an entry near zero is compared with epsilon only
@@ -612,23 +585,11 @@ def test_estimated_update(impl, case):
 )
 def test_unequal_batches(impl, case):
     batches = np.split(np.arange(len(case.X)), np.arange(1, case.batches))  # all but the last of one sample
-    got = impl.estimate_update(grad=_of_rows(case), W0=case.W0, batches=batches, lr=case.lr, optimizer="sgd")
+    got = impl.estimate_update(grad=LinearRegression(case.X, case.Y).grad, W0=case.W0, batches=batches, lr=case.lr, optimizer="sgd")
     weights = np.concatenate([np.full((len(rows), 1), 1 / (len(batches) * len(rows))) for rows in batches])
     size = (weights * (np.abs(case.X) @ np.abs(case.W0).T + np.abs(case.Y))).T @ np.abs(case.X)
     want = -case.lr * (weights * (case.X @ case.W0.T - case.Y)).T @ case.X
     assert_close(got, want, size=case.lr * size, what="the update of gradient descent")
-
-
-class Many(NamedTuple):
-    """Many gradients of whole numbers."""
-
-    gradients: np.ndarray  # (batches, out, in)
-
-
-@st.composite
-def many(draw: st.DrawFn) -> Many:
-    rng = Matrices(draw(seeds())).rng
-    return Many(rng.integers(1, 100, (768, draw(st.integers(2, 3)), draw(st.integers(2, 3)))).astype(float))
 
 
 @law(
@@ -637,7 +598,7 @@ def many(draw: st.DrawFn) -> Many:
     formula=r"\bar G = \tfrac1K \sum_{k=1}^{K} G_k, \quad K = 768",
     needs=("estimate_update.optimizer",),
     tolerance=12,
-    cases=many(),
+    cases=many_gradients(),
     examples=1,
 )
 def test_many_batches(impl, case):
@@ -688,7 +649,7 @@ def test_frozen_weights(impl, case):
         for name in ("W0", "A", "B"):
             assert_close(getattr(after, name), getattr(case, name), size=0, what=f"{name} after {t + 1} steps")
         R = after.R
-        delta, size = impl.delta_weight(A=A, R=R, B=B, scaling=s), _sum(A, R, B, s)[1].max()
+        delta, size = impl.delta_weight(A=A, R=R, B=B, scaling=s), core_sum(A, R, B, s)[1].max()
         assert_close(delta, P_B @ delta @ P_A, size=size, conditioning=_conditioning(case), what="s B R A")
 
 
@@ -788,10 +749,10 @@ def test_factors_of_xs(impl, case):
     W0 = case.update  # with singular values that lie apart
     A, _, B = impl.init_xs(W0=W0, rank=case.rank, generator=case.seed)
     values = np.linalg.svd(W0, compute_uv=False)
-    conditioning = _turned(values, W0.shape[1], case.rank)
+    conditioning = space_conditioning(values, W0.shape[1], range(case.rank))
     assert_close(A @ A.T, np.eye(case.rank), what="AA'")
     assert_close(B.T @ B, np.diag(values[: case.rank] ** 2), size=values[0] ** 2, what="B'B")
-    assert_close(B @ A, _truncated(W0, case.rank), size=values[0], conditioning=conditioning, what="B A")
+    assert_close(B @ A, truncated(W0, case.rank), size=values[0], conditioning=conditioning, what="B A")
 
 
 class Draw(NamedTuple):
@@ -821,20 +782,8 @@ def draws(draw: st.DrawFn) -> Draw:
 def test_draw_of_xs(impl, case):
     for sigma, given in ((case.sigma, {"sigma": case.sigma}), (1e-5, {})):
         options = {"W0": case.W0, "rank": case.rank, **given}
-        R = impl.init_xs(generator=case.seed, **options).R / sigma
-        _assert_normal(R)
-        again, other = (impl.init_xs(generator=case.seed + i, **options).R / sigma for i in range(2))
-        assert_close(again, R, size=0, what="R from the same seed")
-        assert np.any(other != R), "two seeds gave the same R; draw from the argument `generator`"
-
-
-def _assert_normal(values):
-    """Assert that 480 or more numbers look standard normal, with a false alarm below 1e-6."""
-    # Standard errors of the mean and of the second moment of N normal numbers: 1/sqrt(N) and sqrt(2/N)
-    assert_close(values.mean(), 0.0, within=6 / np.sqrt(values.size), what="mean of what is drawn")
-    assert_close((values**2).mean(), 1.0, within=8 * np.sqrt(2 / values.size), what="mean square of what is drawn")
-    # All of 480 stay below two standard deviations with probability 2e-10; uniform numbers never leave 1.74
-    assert np.abs(values).max() > 2, f"none of {values.size} entries exceeds two standard deviations: no Gaussian"
+        start = seeded(lambda seed, options=options: impl.init_xs(generator=seed, **options), case.seed, "R")
+        assert_normal(start.R, sigma, "R")
 
 
 # The randomised decomposition
@@ -949,13 +898,9 @@ def sketch_cases(draw: st.DrawFn) -> SketchCase:
 )
 def test_sketch(impl, case):
     for rank in (12, 16):
-        sketch = impl.draw_sketch(update=case.update, rank=rank, generator=case.seed)
+        sketch = seeded(lambda seed, rank=rank: impl.draw_sketch(update=case.update, rank=rank, generator=seed), case.seed, "sketch")
         assert sketch.shape == (case.update.shape[1], rank), f"for rank {rank} the sketch has shape {sketch.shape}"
-        _assert_normal(sketch)
-        again = impl.draw_sketch(update=case.update, rank=rank, generator=case.seed)
-        assert_close(again, sketch, size=0, what="the sketch from the same seed")
-        other = impl.draw_sketch(update=case.update, rank=rank, generator=case.seed + 1)
-        assert np.any(other != sketch), "two seeds gave the same sketch; draw from the argument `generator`"
+        assert_normal(sketch, 1.0, "the sketch")
 
 
 # Theorem checks: the mathematics itself
@@ -1092,7 +1037,7 @@ def test_start_goes_downhill(case):
     values = np.linalg.svd(-lr * G, compute_uv=False)
     want = -np.sum(values[: case.rank] ** 2) / lr
     assert want < 0
-    assert_close(np.sum(_truncated(-lr * G, case.rank) * G), want, size=np.sum(values**2) / lr, what="<start, G>")
+    assert_close(np.sum(truncated(-lr * G, case.rank) * G), want, size=np.sum(values**2) / lr, what="<start, G>")
     assert_close(np.sum(-lr * np.sign(G) * G), -lr * np.sum(np.abs(G)), size=lr * np.sum(np.abs(G)), what="<first update, G>")
 
 
@@ -1114,7 +1059,7 @@ def test_sign_start_may_go_uphill(case):
     n, g = case.side, case.large
     G = np.ones((n, n))
     G[0, 0] = -g
-    start = _truncated(-np.sign(G), 1)
+    start = truncated(-np.sign(G), 1)
     assert np.sum(start * G) > 0, "the start goes downhill"
     # The sign matrix acts on vectors (a, b, ..., b): there it is [[-1, n - 1], [1, n - 1]] in (a, b), symmetric after a change of scale
     small = np.array([[-1.0, np.sqrt(n - 1)], [np.sqrt(n - 1), n - 1.0]])

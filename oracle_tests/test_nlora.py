@@ -11,13 +11,13 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
-from loracle.oracle_tests.law import assert_close, law, theorem
+from loracle.oracle_tests.draws import assert_normal, assert_uniform, seeded
+from loracle.oracle_tests.expected import assert_linear, core_sum
+from loracle.oracle_tests.law import assert_close, law, of, theorem
 from loracle.oracle_tests.loading import Derivation
 from loracle.oracle_tests.problems import LogisticRegression, slope
-from loracle.oracle_tests.strategies import Matrices, entries, seeds, sides
+from loracle.oracle_tests.strategies import Matrices, entries, leads, scalings, seeds, sides
 
-# Values at which wrong formulas do not agree with right ones: no 1, no power that is one of the others
-SCALINGS = (2.0, 0.5, 3.0, 1.25)
 METHODS = ("nlora", "slora", "inttune")
 
 
@@ -46,7 +46,7 @@ class Layer(NamedTuple):
 def layers(draw: st.DrawFn, low: int = 1, high: int = 7) -> Layer:
     out_features, in_features = draw(sides(low, high)), draw(sides(low, high))
     rank = draw(st.integers(1, min(out_features, in_features)))
-    lead = draw(st.sampled_from([(), (3,), (2, 2)]))
+    lead = draw(leads())
     seed = draw(seeds())
     matrices = Matrices(seed, draw(entries()))
     return Layer(
@@ -59,7 +59,7 @@ def layers(draw: st.DrawFn, low: int = 1, high: int = 7) -> Layer:
         A0=matrices(rank, in_features),
         N0=matrices(rank, rank),
         B0=matrices(out_features, rank),
-        scaling=draw(st.sampled_from(SCALINGS)),
+        scaling=draw(scalings()),
         bias=matrices(out_features),
         mask=matrices.mask(*lead, in_features),
         p=draw(st.sampled_from([0.5, 0.25])),
@@ -67,16 +67,6 @@ def layers(draw: st.DrawFn, low: int = 1, high: int = 7) -> Layer:
         lr=draw(st.sampled_from([0.5, 0.125])),
         seed=seed,
     )
-
-
-def _sum(A, N, B, scaling):
-    """s B N A entry by entry of N, and the size of what is summed."""
-    terms = [N[k, j] * np.multiply.outer(B[:, k], A[j]) for k, j in np.ndindex(*N.shape)]
-    return scaling * np.sum(terms, axis=0), scaling * np.sum(np.abs(terms), axis=0)
-
-
-def _of(case, *names):
-    return {name: getattr(case, name) for name in names}
 
 
 def _delta_weight(impl, A, N, B, scaling=1.0):
@@ -100,16 +90,12 @@ delta_weight_from_forward = Derivation("delta_weight", needs=("forward",), compu
     cases=layers(),
 )
 def test_forward(impl, case):
-    options = _of(case, "W_base", "A", "N", "B", "scaling")
-    delta, size = _sum(case.A, case.N, case.B, case.scaling)
+    options = of(case, "W_base", "A", "N", "B", "scaling")
+    delta, size = core_sum(case.A, case.N, case.B, case.scaling)
     for bias in (case.bias, 0 * case.bias):
         given = {"bias": bias} if bias.any() else {}
         y = impl.forward(x=case.x, **options, **given)
-        want, scale = np.zeros_like(y), np.zeros_like(y)
-        for position in np.ndindex(y.shape[:-1]):
-            want[position] = (case.W_base + delta) @ case.x[position] + bias
-            scale[position] = (np.abs(case.W_base) + size) @ np.abs(case.x[position]) + np.abs(bias)
-        assert_close(y, want, size=scale, what="y")
+        assert_linear(y, case.x, case.W_base + delta, bias, size=np.abs(case.W_base) + size)
 
 
 @law(
@@ -121,10 +107,10 @@ def test_forward(impl, case):
     cases=layers(),
 )
 def test_forward_is_merged(impl, case):
-    options = _of(case, "W_base", "A", "N", "B", "scaling")
+    options = of(case, "W_base", "A", "N", "B", "scaling")
     W, y = impl.merge(**options), impl.forward(x=case.x, bias=case.bias, **options)
-    weights = np.abs(case.W_base) + _sum(case.A, case.N, case.B, case.scaling)[1]
-    assert_close(y, case.x @ W.T + case.bias, size=np.abs(case.x) @ weights.T + np.abs(case.bias), what="y")
+    weights = np.abs(case.W_base) + core_sum(case.A, case.N, case.B, case.scaling)[1]
+    assert_linear(y, case.x, W, case.bias, size=weights)
 
 
 @law(
@@ -136,8 +122,8 @@ def test_forward_is_merged(impl, case):
     cases=layers(),
 )
 def test_merge(impl, case):
-    W = impl.merge(**_of(case, "W_base", "A", "N", "B", "scaling"))
-    delta, size = _sum(case.A, case.N, case.B, case.scaling)
+    W = impl.merge(**of(case, "W_base", "A", "N", "B", "scaling"))
+    delta, size = core_sum(case.A, case.N, case.B, case.scaling)
     assert_close(W, case.W_base + delta, size=np.abs(case.W_base) + size, what="W")
 
 
@@ -150,8 +136,8 @@ def test_merge(impl, case):
     cases=layers(),
 )
 def test_unmerge(impl, case):
-    delta, size = _sum(case.A, case.N, case.B, case.scaling)
-    got = impl.unmerge(W=case.W_base + delta, **_of(case, "A", "N", "B", "scaling"))
+    delta, size = core_sum(case.A, case.N, case.B, case.scaling)
+    got = impl.unmerge(W=case.W_base + delta, **of(case, "A", "N", "B", "scaling"))
     assert_close(got, case.W_base, size=np.abs(case.W_base) + size, what="the frozen weight")
 
 
@@ -164,8 +150,8 @@ def test_unmerge(impl, case):
     cases=layers(),
 )
 def test_delta_weight(impl, case):
-    want, size = _sum(case.A, case.N, case.B, case.scaling)
-    assert_close(impl.delta_weight(**_of(case, "A", "N", "B", "scaling")), want, size=size, what="Delta W")
+    want, size = core_sum(case.A, case.N, case.B, case.scaling)
+    assert_close(impl.delta_weight(**of(case, "A", "N", "B", "scaling")), want, size=size, what="Delta W")
 
 
 @law(
@@ -177,8 +163,8 @@ def test_delta_weight(impl, case):
     cases=layers(),
 )
 def test_dropout(impl, case):
-    y = impl.forward(**_of(case, "x", "W_base", "A", "N", "B", "scaling", "bias", "mask", "p"))
-    delta, size = _sum(case.A, case.N, case.B, case.scaling)
+    y = impl.forward(**of(case, "x", "W_base", "A", "N", "B", "scaling", "bias", "mask", "p"))
+    delta, size = core_sum(case.A, case.N, case.B, case.scaling)
     kept = np.where(case.mask, case.x, 0.0) / (1 - case.p)
     want = case.x @ case.W_base.T + case.bias + kept @ delta.T
     assert_close(y, want, size=np.abs(case.x) @ np.abs(case.W_base).T + np.abs(case.bias) + np.abs(kept) @ size.T, what="y")
@@ -193,7 +179,7 @@ def test_dropout(impl, case):
     cases=layers(),
 )
 def test_gradients(impl, case):
-    got = impl.gradients(**_of(case, "G", "A", "N", "B", "scaling"))
+    got = impl.gradients(**of(case, "G", "A", "N", "B", "scaling"))
     A, N, B, G, s = case.A, case.N, case.B, case.G, case.scaling
     # G is the gradient of the merged weight: the loss near it is <G, W>, linear in each factor, so its slopes are those at 0
     want_A = slope(lambda M: np.sum(G * (s * B @ N @ M)), 0 * A)
@@ -214,7 +200,7 @@ def test_gradients(impl, case):
     cases=layers(),
 )
 def test_balance(impl, case):
-    g = impl.gradients(**_of(case, "G", "A", "N", "B", "scaling"))
+    g = impl.gradients(**of(case, "G", "A", "N", "B", "scaling"))
     A, N, B, G = map(np.abs, (case.A, case.N, case.B, case.G))
     size = case.scaling * B.T @ G @ (N @ A).T
     assert_close(case.B.T @ g.grad_B, g.grad_N @ case.N.T, size=size, what="B' grad_B")
@@ -252,7 +238,7 @@ def gauged(draw: st.DrawFn) -> Gauged:
 )
 def test_gauge(impl, case):
     inverse_P, inverse_Q = np.linalg.inv(case.P), np.linalg.inv(case.Q)
-    plain = _of(case, "A", "N", "B", "scaling")
+    plain = of(case, "A", "N", "B", "scaling")
     other = {"A": case.P @ case.A, "N": case.Q @ case.N @ inverse_P, "B": case.B @ inverse_Q, "scaling": case.scaling}
     condition = np.linalg.cond(case.P) * np.linalg.cond(case.Q)
     sizes = [np.linalg.norm(M) for M in (case.A, case.N, case.B)]
@@ -278,7 +264,7 @@ def test_gauge(impl, case):
     cases=layers(),
 )
 def test_identity_is_lora(impl, case):
-    options = {**_of(case, "A", "B", "scaling"), "N": np.eye(case.rank)}
+    options = {**of(case, "A", "B", "scaling"), "N": np.eye(case.rank)}
     want, size = case.scaling * case.B @ case.A, case.scaling * np.abs(case.B) @ np.abs(case.A)
     assert_close(impl.delta_weight(**options), want, size=size, what="Delta W")
     y = impl.forward(x=case.x, W_base=case.W_base, **options)
@@ -295,8 +281,8 @@ def test_identity_is_lora(impl, case):
     cases=layers(),
 )
 def test_export(impl, case):
-    A, B = impl.export(**_of(case, "A", "N", "B"))
-    want, size = _sum(case.A, case.N, case.B, case.scaling)
+    A, B = impl.export(**of(case, "A", "N", "B"))
+    want, size = core_sum(case.A, case.N, case.B, case.scaling)
     assert A.shape == case.A.shape, f"A has shape {A.shape}, not LoRA's {case.A.shape}"
     assert B.shape == case.B.shape, f"B has shape {B.shape}, not LoRA's {case.B.shape}"
     assert_close(case.scaling * B @ A, want, size=size, what="s B A")
@@ -312,11 +298,11 @@ def test_export(impl, case):
 )
 def test_export_of_a_residual_start(impl, case):
     W0, s = case.W_base, case.scaling
-    A, B = impl.export_residual(**_of(case, "A", "N", "B", "A0", "N0", "B0"))
+    A, B = impl.export_residual(**of(case, "A", "N", "B", "A0", "N0", "B0"))
     assert A.shape == (2 * case.rank, W0.shape[1]), f"A has shape {A.shape}, not twice the rank"
     W_base = impl.base_weight(W0=W0, A=case.A0, N=case.N0, B=case.B0, scaling=s)
-    W = impl.merge(W_base=W_base, **_of(case, "A", "N", "B", "scaling"))
-    size = np.abs(W0) + _sum(case.A, case.N, case.B, s)[1] + _sum(case.A0, case.N0, case.B0, s)[1]
+    W = impl.merge(W_base=W_base, **of(case, "A", "N", "B", "scaling"))
+    size = np.abs(W0) + core_sum(case.A, case.N, case.B, s)[1] + core_sum(case.A0, case.N0, case.B0, s)[1]
     assert_close(W0 + s * B @ A, W, size=size, what="W0 with the exported adapter")
 
 
@@ -329,8 +315,8 @@ def test_export_of_a_residual_start(impl, case):
     cases=layers(low=2),
 )
 def test_rank(impl, case):
-    values = np.linalg.svd(impl.delta_weight(**_of(case, "A", "N", "B", "scaling")), compute_uv=False)
-    size = np.linalg.norm(_sum(case.A, case.N, case.B, case.scaling)[1])
+    values = np.linalg.svd(impl.delta_weight(**of(case, "A", "N", "B", "scaling")), compute_uv=False)
+    size = np.linalg.norm(core_sum(case.A, case.N, case.B, case.scaling)[1])
     assert_close(values[case.rank :], np.zeros(len(values) - case.rank), size=size, what="singular values beyond the rank")
 
 
@@ -365,7 +351,7 @@ def test_parameter_count(impl, case):
 )
 def test_step(impl, case):
     A, N, B, G, s, lr = case.A, case.N, case.B, case.G, case.scaling, case.lr
-    options = _of(case, "G", "W_base", "A", "N", "B", "scaling", "lr")
+    options = of(case, "G", "W_base", "A", "N", "B", "scaling", "lr")
     moved = (lr * s * (B @ N).T @ G, lr * s * B.T @ G @ A.T, lr * s * G @ (N @ A).T)
     a, n, b, g = map(np.abs, (A, N, B, G))
     sizes = (a + lr * s * (b @ n).T @ g, n + lr * s * b.T @ g @ a.T, b + lr * s * g @ (n @ a).T)
@@ -386,7 +372,7 @@ def test_step(impl, case):
 )
 def test_step_of_inttune(impl, case):
     A, N, B, G, s, lr = case.A, case.N, case.B, case.G, case.scaling, case.lr
-    after = impl.sgd_step(**_of(case, "G", "W_base", "A", "N", "B", "scaling", "lr"), method="inttune")
+    after = impl.sgd_step(**of(case, "G", "W_base", "A", "N", "B", "scaling", "lr"), method="inttune")
     for name in ("W_base", "A", "B"):
         assert_close(getattr(after, name), getattr(case, name), size=0, what=f"{name} after a step")
     a, n, b, g = map(np.abs, (A, N, B, G))
@@ -403,8 +389,8 @@ def test_step_of_inttune(impl, case):
     cases=layers(),
 )
 def test_step_keeps_the_balance(impl, case):
-    g = impl.gradients(**_of(case, "G", "A", "N", "B", "scaling"))
-    after = impl.sgd_step(**_of(case, "G", "W_base", "A", "N", "B", "scaling", "lr"))
+    g = impl.gradients(**of(case, "G", "A", "N", "B", "scaling"))
+    after = impl.sgd_step(**of(case, "G", "W_base", "A", "N", "B", "scaling", "lr"))
     grads = {"A": g.grad_A, "N": g.grad_N, "B": g.grad_B}
     size = max(np.linalg.norm(getattr(case, name)) + case.lr * np.linalg.norm(grads[name]) for name in grads) ** 2
 
@@ -436,7 +422,7 @@ def draws(draw: st.DrawFn, large: bool = False) -> Draw:
     matrices = Matrices(seed, draw(entries()))
     rank = draw(st.integers(22, 24) if large else st.integers(1, 4))
     shape = (draw(st.integers(rank, rank + 2)), draw(st.integers(rank + 3, rank + 7)))
-    return Draw(matrices(*shape), matrices(*shape), rank, draw(st.sampled_from(SCALINGS)), draw(st.sampled_from([0.5, 0.125])), seed)
+    return Draw(matrices(*shape), matrices(*shape), rank, draw(scalings()), draw(st.sampled_from([0.5, 0.125])), seed)
 
 
 @law(
@@ -473,26 +459,6 @@ def test_first_step_of_slora(impl, case):
     assert_close(moved, want, size=size, what="Delta W after the first step")
 
 
-def _assert_uniform(values, bound, what):
-    """Assert that 480 or more numbers look uniform within the bound, with a false alarm below 1e-6."""
-    u = values / bound
-    beyond = np.maximum(np.abs(values) - bound, 0)  # the bound itself may be rounded up
-    assert_close(beyond, 0 * values, size=bound, what=f"what {what} has beyond its bound {bound:.3g}")
-    # All of 480 stay below 0.95 with probability 2e-11
-    assert np.abs(u).max() > 0.95, f"none of the {u.size} entries of {what} is near its bound {bound:.3g}"
-    assert_close(u.mean(), 0.0, within=7 / np.sqrt(3 * u.size), what=f"mean of {what} over its bound")
-    assert_close((u**2).mean(), 1 / 3, within=7 * np.sqrt(4 / 45 / u.size), what=f"mean square of {what} over its bound")
-
-
-def _assert_normal(values, width, what):
-    """Assert that 480 or more numbers look normal of that width, with a false alarm below 1e-6."""
-    z = values / width
-    assert_close(z.mean(), 0.0, within=6 / np.sqrt(z.size), what=f"mean of {what} over its width")
-    assert_close((z**2).mean(), 1.0, within=8 * np.sqrt(2 / z.size), what=f"mean square of {what} over its width")
-    # All of 480 stay below two standard deviations with probability 2e-10; uniform numbers never leave 1.74
-    assert np.abs(z).max() > 2, f"none of the {z.size} entries of {what} exceeds two standard deviations: no Gaussian"
-
-
 @law(
     "nlora.L1c",
     says="Unless told otherwise A is uniform within one over the root of `in`, N within one over the root of the rank.",
@@ -504,8 +470,8 @@ def _assert_normal(values, width, what):
 )
 def test_draws_of_slora(impl, case):
     A, N, _ = impl.init_slora(W0=case.W0, rank=case.rank, generator=case.seed)
-    _assert_uniform(A, 1 / np.sqrt(case.W0.shape[1]), "A")
-    _assert_uniform(N, 1 / np.sqrt(case.rank), "N")
+    assert_uniform(A, 1 / np.sqrt(case.W0.shape[1]), "A")
+    assert_uniform(N, 1 / np.sqrt(case.rank), "N")
     count = min(A.size, N.size)
     alike = np.corrcoef(A.ravel()[:count], N.ravel()[:count])[0, 1]
     assert abs(alike) < 7 / np.sqrt(count), f"A and N are drawn from the same numbers: their correlation is {alike:.2f}"
@@ -521,21 +487,15 @@ def test_draws_of_slora(impl, case):
     examples=6,
 )
 def test_gaussian_draws_of_slora(impl, case):
-    options = {"W0": case.W0, "rank": case.rank}
     for distribution, core in (("gaussian", "kaiming"), ("kaiming", "gaussian")):
-        words = {"distribution": distribution, "core": core}
-        A, N, _ = impl.init_slora(generator=case.seed, **options, **words)
+        words = {"W0": case.W0, "rank": case.rank, "distribution": distribution, "core": core}
+        A, N, _ = seeded(lambda seed, words=words: impl.init_slora(generator=seed, **words), case.seed, "A", "N")
         if distribution == "gaussian":
-            _assert_normal(A, 1 / case.rank, "A")
-            _assert_uniform(N, 1 / np.sqrt(case.rank), "N")
+            assert_normal(A, 1 / case.rank, "A")
+            assert_uniform(N, 1 / np.sqrt(case.rank), "N")
         else:
-            _assert_uniform(A, 1 / np.sqrt(case.W0.shape[1]), "A")
-            _assert_normal(N, 1 / case.rank, "N")
-        again = impl.init_slora(generator=case.seed, **options, **words)
-        other = impl.init_slora(generator=case.seed + 1, **options, **words)
-        for name, drawn in (("A", A), ("N", N)):
-            assert_close(getattr(again, name), drawn, size=0, what=f"{name} from the same seed")
-            assert np.any(getattr(other, name) != drawn), f"two seeds gave the same {name}; draw from the argument `generator`"
+            assert_uniform(A, 1 / np.sqrt(case.W0.shape[1]), "A")
+            assert_normal(N, 1 / case.rank, "N")
 
 
 # Landmarks: the blocks of the weight
@@ -569,7 +529,7 @@ def landmarks(draw: st.DrawFn, first: bool = False, low: int = 1, condition: flo
         block = np.eye(rank) + 0.5 * np.eye(rank, k=1)
         block = block[matrices.rng.permutation(rank)] * matrices.rng.choice([1.0, -1.0, 2.0], rank)[:, None]
     W0[np.ix_(rows, cols)] = block
-    return Landmarks(W0, rows, cols, rank, draw(st.sampled_from(SCALINGS)), seed)
+    return Landmarks(W0, rows, cols, rank, draw(scalings()), seed)
 
 
 def _blocks(case):
@@ -586,7 +546,7 @@ def _large(case):
 
 
 def _given(case):
-    return _of(case, "W0", "rank", "rows", "cols")
+    return of(case, "W0", "rank", "rows", "cols")
 
 
 @law(
@@ -686,7 +646,7 @@ def test_residual_start(impl, case):
     for core in ("block", "pinv"):
         start = impl.init(scaling=case.scaling, core=core, residual=True, **_given(case))
         got = start.W_base + case.scaling * start.B @ start.N @ start.A
-        size = np.abs(case.W0) + _sum(start.A, start.N, start.B, case.scaling)[1]
+        size = np.abs(case.W0) + core_sum(start.A, start.N, start.B, case.scaling)[1]
         assert_close(got, case.W0, size=size, what=f"W_base + s B N A for {core}")
         # ... with the factors of the same start without it
         plain = impl.init(scaling=case.scaling, core=core, residual=False, **_given(case))
@@ -704,7 +664,7 @@ def test_residual_start(impl, case):
 )
 def test_residual_start_without_a_scaling(impl, case):
     start = impl.init(W0=case.W0, rank=case.rank, residual=True)
-    size = np.abs(case.W0) + _sum(start.A, start.N, start.B, 1.0)[1]
+    size = np.abs(case.W0) + core_sum(start.A, start.N, start.B, 1.0)[1]
     assert_close(start.W_base + start.B @ start.N @ start.A, case.W0, size=size, what="W_base + B N A")
 
 
@@ -717,8 +677,8 @@ def test_residual_start_without_a_scaling(impl, case):
     cases=layers(),
 )
 def test_base_weight(impl, case):
-    got = impl.base_weight(W0=case.W_base, **_of(case, "A", "N", "B", "scaling"))
-    delta, size = _sum(case.A, case.N, case.B, case.scaling)
+    got = impl.base_weight(W0=case.W_base, **of(case, "A", "N", "B", "scaling"))
+    delta, size = core_sum(case.A, case.N, case.B, case.scaling)
     assert_close(got, case.W_base - delta, size=np.abs(case.W_base) + size, what="W_base")
 
 
@@ -978,7 +938,7 @@ def fits(draw: st.DrawFn, full_rank: bool = True) -> Fit:
     if not full_rank:
         for factor in (A, B):
             factor[:, 1] = factor[:, 0]
-    return Fit(matrices(out_features, in_features), A.T.copy(), B, draw(st.sampled_from(SCALINGS)))
+    return Fit(matrices(out_features, in_features), A.T.copy(), B, draw(scalings()))
 
 
 def _best_core(case, rcond=None):
@@ -1000,7 +960,7 @@ def _best_core(case, rcond=None):
 )
 def test_best_core(impl, case):
     want, size, condition = _best_core(case)
-    assert_close(impl.fit_core(**_of(case, "target", "A", "B", "scaling")), want, size=size, conditioning=condition, what="the best N")
+    assert_close(impl.fit_core(**of(case, "target", "A", "B", "scaling")), want, size=size, conditioning=condition, what="the best N")
 
 
 @law(
@@ -1013,7 +973,7 @@ def test_best_core(impl, case):
 )
 def test_gradient_at_the_best_core(impl, case):
     A, B, s = case.A, case.B, case.scaling
-    N = impl.fit_core(**_of(case, "target", "A", "B", "scaling"))
+    N = impl.fit_core(**of(case, "target", "A", "B", "scaling"))
     g = impl.gradients(G=s * B @ N @ A - case.target, A=A, N=N, B=B, scaling=s)
     size = s * np.linalg.norm(A, 2) * np.linalg.norm(B, 2) * np.linalg.norm(case.target)
     condition = np.linalg.cond(A) * np.linalg.cond(B)
@@ -1031,7 +991,7 @@ def test_gradient_at_the_best_core(impl, case):
 def test_smallest_best_core(impl, case):
     want, size, condition = _best_core(case, rcond=1e-6)
     assert_close(
-        impl.fit_core(**_of(case, "target", "A", "B", "scaling")), want, size=size, conditioning=condition, what="the smallest best N"
+        impl.fit_core(**of(case, "target", "A", "B", "scaling")), want, size=size, conditioning=condition, what="the smallest best N"
     )
 
 

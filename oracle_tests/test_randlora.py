@@ -10,13 +10,12 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
-from loracle.oracle_tests.law import TooCoarse, assert_close, law, theorem
+from loracle.oracle_tests.draws import seeded
+from loracle.oracle_tests.expected import assert_linear
+from loracle.oracle_tests.law import TooCoarse, assert_close, law, of, theorem
 from loracle.oracle_tests.loading import Derivation
 from loracle.oracle_tests.problems import LogisticRegression, slope
-from loracle.oracle_tests.strategies import Matrices, entries, seeds, sides
-
-# Values at which wrong formulas do not agree with right ones: no 1, no power that is one of the others
-SCALINGS = (2.0, 0.5, 3.0, 1.25)
+from loracle.oracle_tests.strategies import Matrices, entries, leads, scalings, seeds, sides
 
 
 class Layer(NamedTuple):
@@ -47,7 +46,7 @@ class Factors(NamedTuple):
 
 
 def _make_layer(draw, out_features, in_features, rank):
-    lead = draw(st.sampled_from([(), (3,), (2, 2)]))
+    lead = draw(leads())
     seed = draw(seeds())
     matrices = Matrices(seed, draw(entries()))
     small, large = sorted((out_features, in_features))
@@ -60,7 +59,7 @@ def _make_layer(draw, out_features, in_features, rank):
         A=matrices(rank, small),
         lambdas=matrices(bases, rank),
         B=matrices(large, bases, rank),
-        scaling=draw(st.sampled_from(SCALINGS)),
+        scaling=draw(scalings()),
         bias=matrices(out_features),
         mask=matrices.mask(*lead, in_features),
         p=draw(st.sampled_from([0.5, 0.25])),
@@ -77,7 +76,7 @@ def layers(draw: st.DrawFn, low: int = 1, high: int = 7, full_rank: bool = False
 
 
 def _factors(case):
-    return {name: getattr(case, name) for name in ("gammas", "A", "lambdas", "B", "scaling")}
+    return of(case, "gammas", "A", "lambdas", "B", "scaling")
 
 
 def _is_wide(case):
@@ -225,11 +224,7 @@ def test_forward(impl, case):
     for bias in (case.bias, 0 * case.bias):
         given = {"bias": bias} if bias.any() else {}
         y = impl.forward(x=case.x, W0=case.W0, **_factors(case), **given)
-        want, scale = np.zeros_like(y), np.zeros_like(y)
-        for position in np.ndindex(y.shape[:-1]):
-            want[position] = (case.W0 + delta) @ case.x[position] + bias
-            scale[position] = (np.abs(case.W0) + size) @ np.abs(case.x[position]) + np.abs(bias)
-        assert_close(y, want, size=scale, what="y")
+        assert_linear(y, case.x, case.W0 + delta, bias, size=np.abs(case.W0) + size)
 
 
 @law(
@@ -244,7 +239,7 @@ def test_forward_is_merged(impl, case):
     W = impl.merge(W0=case.W0, **_factors(case))
     y = impl.forward(x=case.x, W0=case.W0, bias=case.bias, **_factors(case))
     weights = np.abs(case.W0) + _update(case)[1]
-    assert_close(y, case.x @ W.T + case.bias, size=np.abs(case.x) @ weights.T + np.abs(case.bias), what="y")
+    assert_linear(y, case.x, W, case.bias, size=weights)
 
 
 @law(
@@ -361,7 +356,7 @@ def drawn(draw: st.DrawFn) -> Drawn:
         W0=matrices(out_features, in_features),
         gammas=signs * matrices.rng.uniform(0.5, 2, (bases, small)),
         lambdas=matrices.rng.uniform(0.5, 2, (bases, rank)),
-        scaling=draw(st.sampled_from(SCALINGS)),
+        scaling=draw(scalings()),
         rank=rank,
         seed=seed,
     )
@@ -895,14 +890,9 @@ def draws(draw: st.DrawFn) -> Draw:
     return Draw(np.zeros((draw(st.integers(60, 62)), draw(st.integers(64, 66)))), draw(st.sampled_from([24, 30])), draw(seeds()))
 
 
-def _assert_seeded(draw, seed):
+def _assert_pair(draw, seed):
     """Assert that a seed repeats a pair, another changes it, and that its parts are drawn one after the other."""
-    A, B = draw(seed)
-    again, other = draw(seed), draw(seed + 1)
-    assert_close(again.A, A, size=0, what="A from the same seed")
-    assert_close(again.B, B, size=0, what="B from the same seed")
-    assert np.any(other.A != A), "two seeds gave the same A; draw from the argument `generator`"
-    assert np.any(other.B != B), "two seeds gave the same B; draw from the argument `generator`"
+    A, B = seeded(draw, seed, "A", "B")
     for order in (B.ravel(), B.transpose(1, 0, 2).ravel(), B.transpose(0, 2, 1).ravel()):
         same = np.mean(np.sign(order[: A.size]) == np.sign(A.ravel()))
         assert same < 0.95, "A and B begin with the same numbers"
@@ -920,7 +910,7 @@ def _assert_seeded(draw, seed):
     examples=4,
 )
 def test_seeds_of_bases(impl, case):
-    _assert_seeded(lambda seed: impl.draw_bases(weights=[case.W0], rank=case.rank, generator=seed), case.seed)
+    _assert_pair(lambda seed: impl.draw_bases(weights=[case.W0], rank=case.rank, generator=seed), case.seed)
 
 
 @law(
@@ -934,7 +924,7 @@ def test_seeds_of_bases(impl, case):
 )
 def test_seeds_of_ternary_bases(impl, case):
     for kind in ("sparse", "very_sparse"):
-        _assert_seeded(lambda seed, kind=kind: impl.draw_bases(weights=[case.W0], rank=case.rank, kind=kind, generator=seed), case.seed)
+        _assert_pair(lambda seed, kind=kind: impl.draw_bases(weights=[case.W0], rank=case.rank, kind=kind, generator=seed), case.seed)
 
 
 def _assert_moments(base, fourth, what):

@@ -225,3 +225,10 @@ def test_program_of_every_law_ends_well_on_the_reference(paper):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(compile(program, law.id, "exec"), {"__name__": "__main__"})
         assert f"{law.id} holds on this input" in printed.getvalue()
+
+
+def test_program_shows_only_the_fields_that_are_read():
+    law = next(law for law in laws_of("nlora") if law.id == "nlora.L2c")
+    program = snippet(law, load("loracle.reference.nlora", paper="nlora"), collect_cases(law, 3)[-1], AssertionError())
+    shown = program.partition("class case:")[2].partition("\n\n")[0].splitlines()[1:]
+    assert [line.split()[0] for line in shown] == ["W_base", "A", "N", "B", "scaling"]

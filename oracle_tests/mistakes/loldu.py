@@ -117,9 +117,7 @@ def pivots_go_to_L(W0, rank):
 
 
 @mistake(
-    "Elimination runs without pivoting, and the entries of L grow without bound.",
-    replaces="_factorise",
-    breaks=("loldu.L3", "loldu.L5d"),
+    "Elimination runs without pivoting, and the entries of L grow without bound.", replaces="_factorise", breaks=("loldu.L3", "loldu.L5d")
 )
 def no_pivoting(W0, rank):
     rest, small = right.working(W0).clone(), min(W0.shape)
@@ -174,21 +172,13 @@ def largest_pivots(W0, rank):
     return LDU(U[chosen], D[chosen], L[:, chosen], P)
 
 
-@mistake(
-    "The last pivots are kept, not the leading ones.",
-    replaces="_factorise",
-    breaks=("loldu.L5d", "loldu.L6a", "loldu.L7"),
-)
+@mistake("The last pivots are kept, not the leading ones.", replaces="_factorise", breaks=("loldu.L5d", "loldu.L6a", "loldu.L7"))
 def last_pivots(W0, rank):
     U, D, L, P = _exact(W0, min(W0.shape))
     return LDU(U[-rank:], D[-rank:], L[:, -rank:], P)
 
 
-@mistake(
-    "The pivots lose their signs.",
-    replaces="_factorise",
-    breaks=("loldu.L1", "loldu.L3", "loldu.L4", "loldu.L5d"),
-)
+@mistake("The pivots lose their signs.", replaces="_factorise", breaks=("loldu.L1", "loldu.L3", "loldu.L4", "loldu.L5d"))
 def pivots_without_signs(W0, rank):
     U, D, L, P = _exact(W0, rank)
     return LDU(U, D.abs(), L, P)
@@ -226,12 +216,7 @@ def _inverse_fit(target, U, L, P, scaling):
 @mistake(
     "P is the inverse everywhere: right within itself, but P L is L[argsort(P)] and not L[P].",
     replaces="_factorise",
-    also={
-        "forward": _inverse_forward,
-        "delta_weight": _inverse_delta,
-        "gradients": _inverse_gradients,
-        "fit_diagonal": _inverse_fit,
-    },
+    also={"forward": _inverse_forward, "delta_weight": _inverse_delta, "gradients": _inverse_gradients, "fit_diagonal": _inverse_fit},
     breaks=("loldu.L1", "loldu.L3", "loldu.L5d", "loldu.L8a", "loldu.L8c", "loldu.L8e", "loldu.L9a", "loldu.L10a"),
 )
 def inverse_everywhere(W0, rank):
@@ -380,9 +365,7 @@ def subtracted_without_scaling(W0, scaling=1.0, *, rank, **options):
 
 
 @mistake(
-    "Sigma is in the subtracted part twice.",
-    replaces="init",
-    breaks=("loldu.L5a", "loldu.L5b", "loldu.L5c", "loldu.L6b", "loldu.L20"),
+    "Sigma is in the subtracted part twice.", replaces="init", breaks=("loldu.L5a", "loldu.L5b", "loldu.L5c", "loldu.L6b", "loldu.L20")
 )
 def subtracted_with_scaling_twice(W0, scaling=1.0, *, rank, **options):
     return right.init(W0, scaling**2, rank=rank, **options)
@@ -414,19 +397,13 @@ def always_preserved(W0, scaling=1.0, *, rank, diagonal="lu", noise=None, preser
     return right.init(W0, scaling, rank=rank, diagonal=diagonal, noise=noise)
 
 
-@mistake(
-    "`preserve` is off by default.",
-    replaces="init",
-    breaks=("loldu.L5a", "loldu.L5c", "loldu.L20"),
-)
+@mistake("`preserve` is off by default.", replaces="init", breaks=("loldu.L5a", "loldu.L5c", "loldu.L20"))
 def not_preserved_by_default(W0, scaling=1.0, *, rank, diagonal="lu", noise=None, preserve=False):
     return right.init(W0, scaling, rank=rank, diagonal=diagonal, noise=noise, preserve=preserve)
 
 
 @mistake(
-    "Mean and width are taken over all pivots, not over the leading ones.",
-    replaces="init",
-    breaks=("loldu.L5b", "loldu.L5c", "loldu.L5d"),
+    "Mean and width are taken over all pivots, not over the leading ones.", replaces="init", breaks=("loldu.L5b", "loldu.L5c", "loldu.L5d")
 )
 def statistics_of_all_pivots(W0, scaling=1.0, *, rank, diagonal="lu", noise=None, preserve=True):
     D = right._factorise(W0, min(W0.shape)).D
@@ -438,11 +415,7 @@ def statistics_of_all_pivots(W0, scaling=1.0, *, rank, diagonal="lu", noise=None
     return kept._replace(W_base=W0 - right.delta_weight(kept.U, z, kept.L, kept.P, scaling), z=z)
 
 
-@mistake(
-    "Sigma goes into the diagonal as well, and counts twice.",
-    replaces="init",
-    breaks=("loldu.L5a", "loldu.L5b", "loldu.L5d"),
-)
+@mistake("Sigma goes into the diagonal as well, and counts twice.", replaces="init", breaks=("loldu.L5a", "loldu.L5b", "loldu.L5d"))
 def scaling_inside_the_diagonal(W0, scaling=1.0, *, rank, **options):
     weights = right.init(W0, scaling, rank=rank, **options)
     return weights._replace(z=scaling * weights.z)

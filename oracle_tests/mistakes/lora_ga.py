@@ -285,11 +285,7 @@ def init_in_float32(G, scaling, *, rank, W0=None, sketch=None, **options):
     return Factors(A.to(G.dtype), B.to(G.dtype))
 
 
-@mistake(
-    "gamma is 64 by default, as in the command of the official README.",
-    replaces="factor_scale",
-    breaks=("lora_ga.L2e",),
-)
+@mistake("gamma is 64 by default, as in the command of the official README.", replaces="factor_scale", breaks=("lora_ga.L2e",))
 def default_gamma_of_the_readme(scaling, *, out_features, rank, gamma=64.0, scale="stable", W0=None):
     return right.factor_scale(scaling, out_features=out_features, rank=rank, gamma=gamma, scale=scale, W0=W0)
 

@@ -67,49 +67,23 @@ OBSERVABLES = Observables(
 # The equivalent gradient
 
 
-@mistake(
-    "The equivalent gradient lacks the scaling.",
-    replaces="equivalent_gradient",
-    breaks=(
-        "lora_pro.L1a",
-        "lora_pro.L1b",
-    ),
-)
+@mistake("The equivalent gradient lacks the scaling.", replaces="equivalent_gradient", breaks=("lora_pro.L1a", "lora_pro.L1b"))
 def equivalent_without_scaling(grad_A, grad_B, A, B, scaling):
     return right.equivalent_gradient(grad_A, grad_B, A, B, 1.0)
 
 
-@mistake(
-    "The equivalent gradient is scaled twice.",
-    replaces="equivalent_gradient",
-    breaks=(
-        "lora_pro.L1a",
-        "lora_pro.L1b",
-    ),
-)
+@mistake("The equivalent gradient is scaled twice.", replaces="equivalent_gradient", breaks=("lora_pro.L1a", "lora_pro.L1b"))
 def equivalent_scaled_twice(grad_A, grad_B, A, B, scaling):
     return right.equivalent_gradient(grad_A, grad_B, A, B, scaling**2)
 
 
-@mistake(
-    "The equivalent gradient leaves out what A moves.",
-    replaces="equivalent_gradient",
-    breaks=(
-        "lora_pro.L1a",
-        "lora_pro.L1b",
-    ),
-)
+@mistake("The equivalent gradient leaves out what A moves.", replaces="equivalent_gradient", breaks=("lora_pro.L1a", "lora_pro.L1b"))
 def equivalent_of_B_alone(grad_A, grad_B, A, B, scaling):
     return scaling * grad_B @ A
 
 
 @mistake(
-    "The equivalent gradient is the product of the two moves.",
-    replaces="equivalent_gradient",
-    breaks=(
-        "lora_pro.L1a",
-        "lora_pro.L1b",
-    ),
+    "The equivalent gradient is the product of the two moves.", replaces="equivalent_gradient", breaks=("lora_pro.L1a", "lora_pro.L1b")
 )
 def equivalent_is_the_product(grad_A, grad_B, A, B, scaling):
     return scaling * grad_B @ grad_A
@@ -121,13 +95,7 @@ def equivalent_is_the_product(grad_A, grad_B, A, B, scaling):
 @mistake(
     "The pair lacks the factor 1/s^2.",
     replaces="optimal_gradients",
-    breaks=(
-        "lora_pro.L2",
-        "lora_pro.L3b",
-        "lora_pro.L5",
-        "lora_pro.L8",
-        "lora_pro.L9",
-    ),
+    breaks=("lora_pro.L2", "lora_pro.L3b", "lora_pro.L5", "lora_pro.L8", "lora_pro.L9"),
 )
 def optimal_without_scaling(grad_A, grad_B, A, B, scaling, *, X="sylvester", delta=0.0):
     return right.optimal_gradients(grad_A, grad_B, A, B, 1.0, X=X, delta=delta)
@@ -136,12 +104,7 @@ def optimal_without_scaling(grad_A, grad_B, A, B, scaling, *, X="sylvester", del
 @mistake(
     "The pair is divided by s, not by s^2.",
     replaces="optimal_gradients",
-    breaks=(
-        "lora_pro.L2",
-        "lora_pro.L3b",
-        "lora_pro.L5",
-        "lora_pro.L8",
-    ),
+    breaks=("lora_pro.L2", "lora_pro.L3b", "lora_pro.L5", "lora_pro.L8"),
 )
 def optimal_scaled_once(grad_A, grad_B, A, B, scaling, *, X="sylvester", delta=0.0):
     return right.optimal_gradients(grad_A, grad_B, A, B, math.sqrt(scaling), X=X, delta=delta)
@@ -150,11 +113,7 @@ def optimal_scaled_once(grad_A, grad_B, A, B, scaling, *, X="sylvester", delta=0
 @mistake(
     "The scaling is fixed at 2, whatever the layer's is (the authors' DeepSpeed code).",
     replaces="optimal_gradients",
-    breaks=(
-        "lora_pro.L2",
-        "lora_pro.L3b",
-        "lora_pro.L8",
-    ),
+    breaks=("lora_pro.L2", "lora_pro.L3b", "lora_pro.L8"),
 )
 def optimal_scaling_fixed(grad_A, grad_B, A, B, scaling, *, X="sylvester", delta=0.0):
     return right.optimal_gradients(grad_A, grad_B, A, B, 2.0, X=X, delta=delta)
@@ -163,13 +122,7 @@ def optimal_scaling_fixed(grad_A, grad_B, A, B, scaling, *, X="sylvester", delta
 @mistake(
     "B's gradient is not projected: what both factors can do is counted twice.",
     replaces="optimal_gradients",
-    breaks=(
-        "lora_pro.L2",
-        "lora_pro.L3b",
-        "lora_pro.L4",
-        "lora_pro.L5",
-        "lora_pro.L9",
-    ),
+    breaks=("lora_pro.L2", "lora_pro.L3b", "lora_pro.L4", "lora_pro.L5", "lora_pro.L9"),
 )
 def optimal_without_projector(grad_A, grad_B, A, B, scaling, *, X="sylvester", delta=0.0):
     found = right.optimal_gradients(grad_A, grad_B, A, B, scaling, X=X, delta=delta)
@@ -181,11 +134,7 @@ def optimal_without_projector(grad_A, grad_B, A, B, scaling, *, X="sylvester", d
 @mistake(
     "The projector is the one on B's columns, where the one beside them is needed.",
     replaces="optimal_gradients",
-    breaks=(
-        "lora_pro.L2",
-        "lora_pro.L3b",
-        "lora_pro.L4",
-    ),
+    breaks=("lora_pro.L2", "lora_pro.L3b", "lora_pro.L4"),
 )
 def optimal_projects_inside(grad_A, grad_B, A, B, scaling, *, X="sylvester", delta=0.0):
     found = right.optimal_gradients(grad_A, grad_B, A, B, scaling, X=X, delta=delta)
@@ -198,41 +147,20 @@ def optimal_projects_inside(grad_A, grad_B, A, B, scaling, *, X="sylvester", del
 @mistake(
     "The inverses are left out: the pair is back-propagation's own.",
     replaces="optimal_gradients",
-    breaks=(
-        "lora_pro.L2",
-        "lora_pro.L3b",
-        "lora_pro.L7a",
-        "lora_pro.L7b",
-    ),
+    breaks=("lora_pro.L2", "lora_pro.L3b", "lora_pro.L7a", "lora_pro.L7b"),
 )
 def optimal_is_plain(grad_A, grad_B, A, B, scaling, *, X="sylvester", delta=0.0):
     return Gradients(grad_A.clone(), grad_B.clone())
 
 
-@mistake(
-    "X A and B X come in with the same sign.",
-    replaces="optimal_gradients",
-    breaks=(
-        "lora_pro.L2",
-        "lora_pro.L3b",
-        "lora_pro.L7a",
-    ),
-)
+@mistake("X A and B X come in with the same sign.", replaces="optimal_gradients", breaks=("lora_pro.L2", "lora_pro.L3b", "lora_pro.L7a"))
 def optimal_signs_equal(grad_A, grad_B, A, B, scaling, *, X="sylvester", delta=0.0):
     found = right.optimal_gradients(grad_A, grad_B, A, B, scaling, X=X, delta=delta)
     without = right.optimal_gradients(grad_A, grad_B, A, B, scaling, X="zero", delta=delta)
     return found._replace(grad_B=2 * without.grad_B - found.grad_B)
 
 
-@mistake(
-    "X reaches A only.",
-    replaces="optimal_gradients",
-    breaks=(
-        "lora_pro.L2",
-        "lora_pro.L3b",
-        "lora_pro.L5",
-    ),
-)
+@mistake("X reaches A only.", replaces="optimal_gradients", breaks=("lora_pro.L2", "lora_pro.L3b", "lora_pro.L5"))
 def optimal_X_for_A_alone(grad_A, grad_B, A, B, scaling, *, X="sylvester", delta=0.0):
     found = right.optimal_gradients(grad_A, grad_B, A, B, scaling, X=X, delta=delta)
     without = right.optimal_gradients(grad_A, grad_B, A, B, scaling, X="zero", delta=delta)
@@ -247,37 +175,19 @@ def optimal_default_is_zero(grad_A, grad_B, A, B, scaling, *, X="zero", delta=0.
 @mistake(
     "The choice of X is ignored: it is always that of the Sylvester equation.",
     replaces="optimal_gradients",
-    breaks=(
-        "lora_pro.L3b",
-        "lora_pro.L11a",
-        "lora_pro.L7b",
-    ),
+    breaks=("lora_pro.L3b", "lora_pro.L11a", "lora_pro.L7b"),
 )
 def optimal_ignores_the_choice(grad_A, grad_B, A, B, scaling, *, X="sylvester", delta=0.0):
     return right.optimal_gradients(grad_A, grad_B, A, B, scaling, delta=delta)
 
 
-@mistake(
-    "The two gradients come back in the wrong order.",
-    replaces="optimal_gradients",
-    breaks=(
-        "lora_pro.L2",
-        "lora_pro.L3b",
-    ),
-)
+@mistake("The two gradients come back in the wrong order.", replaces="optimal_gradients", breaks=("lora_pro.L2", "lora_pro.L3b"))
 def optimal_exchanged(grad_A, grad_B, A, B, scaling, *, X="sylvester", delta=0.0):
     found = right.optimal_gradients(grad_A, grad_B, A, B, scaling, X=X, delta=delta)
     return found.grad_B, found.grad_A
 
 
-@mistake(
-    "delta is ignored.",
-    replaces="optimal_gradients",
-    breaks=(
-        "lora_pro.L10a",
-        "lora_pro.L10d",
-    ),
-)
+@mistake("delta is ignored.", replaces="optimal_gradients", breaks=("lora_pro.L10a", "lora_pro.L10d"))
 def optimal_ignores_delta(grad_A, grad_B, A, B, scaling, *, X="sylvester", delta=0.0):
     return right.optimal_gradients(grad_A, grad_B, A, B, scaling, X=X)
 
@@ -285,10 +195,7 @@ def optimal_ignores_delta(grad_A, grad_B, A, B, scaling, *, X="sylvester", delta
 @mistake(
     "delta is 1e-8 without being asked for (the official code): the step is the nearest one only nearly.",
     replaces="optimal_gradients",
-    breaks=(
-        "lora_pro.L3b",
-        "lora_pro.L6c",
-    ),
+    breaks=("lora_pro.L3b", "lora_pro.L6c"),
 )
 def optimal_delta_by_default(grad_A, grad_B, A, B, scaling, *, X="sylvester", delta=1e-8):
     return right.optimal_gradients(grad_A, grad_B, A, B, scaling, X=X, delta=delta)
@@ -297,10 +204,7 @@ def optimal_delta_by_default(grad_A, grad_B, A, B, scaling, *, X="sylvester", de
 @mistake(
     "Plain inverses: factors of lower rank, B = 0 among them, are an error.",
     replaces="optimal_gradients",
-    breaks=(
-        "lora_pro.L10a",
-        "lora_pro.L10b",
-    ),
+    breaks=("lora_pro.L10a", "lora_pro.L10b"),
 )
 def optimal_by_plain_inverses(grad_A, grad_B, A, B, scaling, *, X="sylvester", delta=0.0):
     for gram in (B.mT @ B, A @ A.mT):
@@ -404,12 +308,7 @@ def symmetric_takes_all(grad_B, A, B, scaling, *, delta=0.0):
 @mistake(
     "Both projections are added: what both factors can do is counted twice.",
     replaces="projected_gradient",
-    breaks=(
-        "lora_pro.L3a",
-        "lora_pro.L4",
-        "lora_pro.L9",
-        "lora_pro.L10b",
-    ),
+    breaks=("lora_pro.L3a", "lora_pro.L4", "lora_pro.L9", "lora_pro.L10b"),
 )
 def projected_twice(G, A, B):
     left, whole = right._grams(A, B)
@@ -419,11 +318,7 @@ def projected_twice(G, A, B):
 @mistake(
     "The gradient is projected from both sides at once: what just one factor can do is lost.",
     replaces="projected_gradient",
-    breaks=(
-        "lora_pro.L3a",
-        "lora_pro.L4",
-        "lora_pro.L9",
-    ),
+    breaks=("lora_pro.L3a", "lora_pro.L4", "lora_pro.L9"),
 )
 def projected_from_both_sides(G, A, B):
     left, whole = right._grams(A, B)
@@ -431,13 +326,7 @@ def projected_from_both_sides(G, A, B):
 
 
 @mistake(
-    "The inverses are left out of the projectors.",
-    replaces="projected_gradient",
-    breaks=(
-        "lora_pro.L3a",
-        "lora_pro.L4",
-        "lora_pro.L10b",
-    ),
+    "The inverses are left out of the projectors.", replaces="projected_gradient", breaks=("lora_pro.L3a", "lora_pro.L4", "lora_pro.L10b")
 )
 def projected_without_inverses(G, A, B):
     inside = B @ (B.mT @ G)
@@ -480,15 +369,7 @@ def sgd_ignores_delta(grad_A, grad_B, A, B, scaling, *, lr, X="sylvester", delta
 # AdamW, full mode
 
 
-@mistake(
-    "The moments start at one.",
-    replaces="init_state",
-    breaks=(
-        "lora_pro.L17a",
-        "lora_pro.L13a",
-        "lora_pro.L15",
-    ),
-)
+@mistake("The moments start at one.", replaces="init_state", breaks=("lora_pro.L17a", "lora_pro.L13a", "lora_pro.L15"))
 def moments_start_at_one(A, B):
     return right.State(*(part + 1 for part in right.init_state(A, B)))
 
@@ -515,11 +396,7 @@ def _composed(given, *, g=None, back=None, X=None, scaling=None, **changed):
 @mistake(
     "The moments are those of the factors' gradients, not of the weight's.",
     replaces="step",
-    breaks=(
-        "lora_pro.L13a",
-        "lora_pro.L13b",
-        "lora_pro.L15",
-    ),
+    breaks=("lora_pro.L13a", "lora_pro.L13b", "lora_pro.L15"),
 )
 def moments_of_the_factors(grad_A, grad_B, W0, A, B, scaling, moment1, moment2, *, t, lr, beta1=0.9, beta2=0.999, adam_eps=1e-8, **options):
     r, weight_decay = len(A), options.pop("weight_decay", 0.0)
@@ -548,11 +425,7 @@ def moments_before_the_adjustment(**given):
 @mistake(
     "The bias correction is one step late (the authors' DeepSpeed code).",
     replaces="step",
-    breaks=(
-        "lora_pro.L13a",
-        "lora_pro.L13c",
-        "lora_pro.L15",
-    ),
+    breaks=("lora_pro.L13a", "lora_pro.L13c", "lora_pro.L15"),
 )
 def bias_correction_late(*, t, **given):
     return right.step(t=t + 1, **given)
@@ -582,14 +455,7 @@ def eps_under_the_root(*, adam_eps=1e-8, **given):
     return moved._replace(moment2=right.step(**given).moment2)
 
 
-@mistake(
-    "The moments that come back are the old ones.",
-    replaces="step",
-    breaks=(
-        "lora_pro.L13b",
-        "lora_pro.L13e",
-    ),
-)
+@mistake("The moments that come back are the old ones.", replaces="step", breaks=("lora_pro.L13b", "lora_pro.L13e"))
 def moments_not_handed_on(**given):
     return right.step(**given)._replace(moment1=given["moment1"].clone(), moment2=given["moment2"].clone())
 
@@ -615,15 +481,7 @@ def way_back_not_adjusted(**given):
     return _composed(given, back=lambda d: (s * B.mT @ d, s * d @ A.mT))
 
 
-@mistake(
-    "The final pair is the one with X = 0.",
-    replaces="step",
-    breaks=(
-        "lora_pro.L13c",
-        "lora_pro.L13d",
-        "lora_pro.L13e",
-    ),
-)
+@mistake("The final pair is the one with X = 0.", replaces="step", breaks=("lora_pro.L13c", "lora_pro.L13d", "lora_pro.L13e"))
 def final_pair_with_zero(**given):
     return _composed(given, X="zero")
 
@@ -703,10 +561,7 @@ def moments_with_another_X(**given):
 @mistake(
     "In efficient mode the gradients are not adjusted: it is plain AdamW.",
     replaces="step_efficient",
-    breaks=(
-        "lora_pro.L17b",
-        "lora_pro.L17c",
-    ),
+    breaks=("lora_pro.L17b", "lora_pro.L17c"),
 )
 def efficient_not_adjusted(grad_A, grad_B, A, B, scaling, moment1_A, moment1_B, moment2_A, moment2_B, *, t, lr, **options):
     adam = [t, options.get("beta1", 0.9), options.get("beta2", 0.999), options.get("adam_eps", 1e-8)]
@@ -726,24 +581,14 @@ def efficient_decays_by_the_root(**given):
 @mistake(
     "B's bias correction counts further than A's (MyTransformers: one counter for all layers).",
     replaces="step_efficient",
-    breaks=(
-        "lora_pro.L17b",
-        "lora_pro.L17c",
-    ),
+    breaks=("lora_pro.L17b", "lora_pro.L17c"),
 )
 def efficient_counts_B_further(*, t, **given):
     moved = right.step_efficient(t=t, **given)
     return moved._replace(B=right.step_efficient(t=2 * t, **given).B)
 
 
-@mistake(
-    "In efficient mode the bias correction is one step late.",
-    replaces="step_efficient",
-    breaks=(
-        "lora_pro.L17b",
-        "lora_pro.L17c",
-    ),
-)
+@mistake("In efficient mode the bias correction is one step late.", replaces="step_efficient", breaks=("lora_pro.L17b", "lora_pro.L17c"))
 def efficient_bias_correction_late(*, t, **given):
     return right.step_efficient(t=t + 1, **given)
 

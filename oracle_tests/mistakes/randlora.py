@@ -54,11 +54,7 @@ def _pair(case, result):
 
 OBSERVABLES = Observables(
     gauge_free={"draw_bases": _pair},
-    choices={
-        "zero": ("gammas",),
-        "convention": ("peft", "vision"),
-        "kind": ("normal", "sparse", "very_sparse"),
-    },
+    choices={"zero": ("gammas",), "convention": ("peft", "vision"), "kind": ("normal", "sparse", "very_sparse")},
     values={
         "gammas": _drawn(0, 2),
         "A": _drawn(1, 2),
@@ -88,11 +84,7 @@ def random_lambdas(W0, *, rank, zero="lambdas"):
     return start._replace(lambdas=start.lambdas + noise) if zero == "lambdas" else start
 
 
-@mistake(
-    "Both diagonals are zero: nothing is ever trained.",
-    replaces="init",
-    breaks=("randlora.L1a", "randlora.L1b"),
-)
+@mistake("Both diagonals are zero: nothing is ever trained.", replaces="init", breaks=("randlora.L1a", "randlora.L1b"))
 def both_zero(W0, *, rank, zero="lambdas"):
     start = right.init(W0, rank=rank)
     return Diagonals(0 * start.gammas, 0 * start.lambdas)
@@ -135,14 +127,7 @@ def vision_start_by_default(W0, *, rank, zero="gammas"):
     return right.init(W0, rank=rank, zero=zero)
 
 
-@mistake(
-    "The choice of what is zero is ignored: always lambdas.",
-    replaces="init",
-    breaks=(
-        "randlora.L1b",
-        "randlora.L7c",
-    ),
-)
+@mistake("The choice of what is zero is ignored: always lambdas.", replaces="init", breaks=("randlora.L1b", "randlora.L7c"))
 def choice_of_zero_ignored(W0, *, rank, zero="lambdas"):
     return right.init(W0, rank=rank)
 
@@ -318,11 +303,7 @@ def divided_by_the_variance(base):
     return base / base.var()
 
 
-@mistake(
-    "The base is divided by the biased standard deviation, over K and not K - 1.",
-    replaces="normalise",
-    breaks=("randlora.L14b",),
-)
+@mistake("The base is divided by the biased standard deviation, over K and not K - 1.", replaces="normalise", breaks=("randlora.L14b",))
 def biased_deviation(base):
     return base / base.std(correction=0)
 
@@ -361,20 +342,12 @@ def B_divided_by_the_deviation_of_A(weights, *, rank, kind="uniform", generator=
     return _draw(weights, rank, kind, generator, lambda A, B: (A, raw * B))
 
 
-@mistake(
-    "Each B_j is normalised by itself.",
-    replaces="draw_bases",
-    breaks=("randlora.L14c", "randlora.L14d"),
-)
+@mistake("Each B_j is normalised by itself.", replaces="draw_bases", breaks=("randlora.L14c", "randlora.L14d"))
 def each_term_normalised(weights, *, rank, kind="uniform", generator=None):
     return _draw(weights, rank, kind, generator, lambda A, B: (A, B / B.std(dim=(0, 2), keepdim=True)))
 
 
-@mistake(
-    "The pair has the sides of the first layer only: larger layers do not fit.",
-    replaces="draw_bases",
-    breaks=("randlora.L15a",),
-)
+@mistake("The pair has the sides of the first layer only: larger layers do not fit.", replaces="draw_bases", breaks=("randlora.L15a",))
 def sides_of_the_first_layer(weights, *, rank, kind="uniform", generator=None):
     return right.draw_bases(weights[:1], rank=rank, kind=kind, generator=generator)
 
@@ -392,11 +365,7 @@ def sides_by_direction(weights, *, rank, kind="uniform", generator=None):
     return Bases(B[:, 0].mT.contiguous(), A.mT[:, None].expand(-1, B.shape[1], -1).contiguous())
 
 
-@mistake(
-    "All terms have the same B.",
-    replaces="draw_bases",
-    breaks=("randlora.L15c", "randlora.L5a"),
-)
+@mistake("All terms have the same B.", replaces="draw_bases", breaks=("randlora.L15c", "randlora.L5a"))
 def same_B_in_every_term(weights, *, rank, kind="uniform", generator=None):
     return _draw(weights, rank, kind, generator, lambda A, B: (A, B[:, :1].expand_as(B) / B[:, :1].std()))
 
@@ -415,14 +384,7 @@ def sparse_bases_from_the_global_generator(weights, *, rank, kind="uniform", gen
     return right.draw_bases(weights, rank=rank, kind=kind, generator=generator if kind in ("uniform", "normal") else None)
 
 
-@mistake(
-    "The kind is ignored: always uniform.",
-    replaces="draw_bases",
-    breaks=(
-        "randlora.L14d",
-        "randlora.L14e",
-    ),
-)
+@mistake("The kind is ignored: always uniform.", replaces="draw_bases", breaks=("randlora.L14d", "randlora.L14e"))
 def kind_ignored(weights, *, rank, kind="uniform", generator=None):
     return right.draw_bases(weights, rank=rank, generator=generator)
 
@@ -509,11 +471,7 @@ def delta_over_the_root(gammas, A, lambdas, B, scaling, *, wide=False):
     return right.delta_weight(gammas, A, lambdas, B, scaling / math.sqrt(len(gammas)), wide=wide)
 
 
-@mistake(
-    "The mean over the terms is taken, not the sum.",
-    replaces="delta_weight",
-    breaks=("randlora.L2a", "randlora.L2b", "randlora.L13"),
-)
+@mistake("The mean over the terms is taken, not the sum.", replaces="delta_weight", breaks=("randlora.L2a", "randlora.L2b", "randlora.L13"))
 def mean_of_terms(gammas, A, lambdas, B, scaling, *, wide=False):
     return right.delta_weight(gammas, A, lambdas, B, scaling / len(gammas), wide=wide)
 

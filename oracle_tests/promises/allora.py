@@ -8,14 +8,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loracle.oracle_tests.promises import follows_the_global_generator, promise, refuses
+from loracle.oracle_tests.promises.layers import check_merging, check_precise_factors, randn
 
 # The set-up functions that read values, and of which arguments
 FINITE = {"init": ("W0",), "merge": ("W0", "A", "B"), "unmerge": ("W", "A", "B")}
 NAN, INF = math.nan, math.inf
-
-
-def _randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def _linear(W0, bias=None):
@@ -91,7 +88,7 @@ def _layer(module, **options):
     of=("row_scale", "gradients", "backward", "sgd_step", "step", "ALLoRALinear"),
 )
 def eta_is_positive(module):
-    G, A, B, x, y = _randn(4, 5), _randn(2, 5), _randn(4, 2), _randn(3, 5), _randn(3, 4)
+    G, A, B, x, y = randn(4, 5), randn(2, 5), randn(4, 2), randn(3, 5), randn(3, 4)
     state = module.init_state(A, B)
     for bad in (0.0, -2.0, NAN, INF):
         for kind in module.KINDS:
@@ -112,7 +109,7 @@ def eta_is_positive(module):
 def kind_is_known(module):
     assert set(module.KINDS) == {"row", "matrix", "element", "output", "none"}
     assert set(module.OF_WEIGHTS) == set(module.KINDS) - {"output"}
-    G, A, B, x, y = _randn(4, 5), _randn(2, 5), _randn(4, 2), _randn(3, 5), _randn(3, 4)
+    G, A, B, x, y = randn(4, 5), randn(2, 5), randn(4, 2), randn(3, 5), randn(3, 4)
     state = module.init_state(A, B)
     for bad in ("rows", "", "Row", "output"):
         refuses(module.gradients, "kind", G, A, B, 2.0, kind=bad)
@@ -125,7 +122,7 @@ def kind_is_known(module):
 
 @promise("The rank goes from 1 to the smaller side.", of=("init", "num_trainable", "ALLoRALinear"))
 def rank_is_in_range(module):
-    for W0 in (_randn(4, 5), _randn(5, 4)):
+    for W0 in (randn(4, 5), randn(5, 4)):
         for bad in (0, -1, 5, 2.0, True):
             refuses(module.init, "rank", W0, rank=bad)
             refuses(module.num_trainable, "rank", W0, rank=bad)
@@ -136,10 +133,10 @@ def rank_is_in_range(module):
 
 @promise("Factors whose ranks or sides do not fit are refused.", of=("row_norms", "row_scale", "gradients", "backward", "forward"))
 def factors_fit(module):
-    G, x, y = _randn(4, 5), _randn(3, 5), _randn(3, 4)
-    refuses(module.row_norms, "B", _randn(2, 5), _randn(4, 3))
-    refuses(module.row_scale, "B", _randn(2, 5), _randn(4, 3), 2.0)
-    for A, B, name in ((_randn(2, 4), _randn(4, 2), "A"), (_randn(2, 5), _randn(5, 2), "B"), (_randn(2, 5), _randn(4, 3), "B")):
+    G, x, y = randn(4, 5), randn(3, 5), randn(3, 4)
+    refuses(module.row_norms, "B", randn(2, 5), randn(4, 3))
+    refuses(module.row_scale, "B", randn(2, 5), randn(4, 3), 2.0)
+    for A, B, name in ((randn(2, 4), randn(4, 2), "A"), (randn(2, 5), randn(5, 2), "B"), (randn(2, 5), randn(4, 3), "B")):
         refuses(module.gradients, name, G, A, B, 2.0)
         refuses(module.backward, name, y, x, G, A, B, 2.0)
         refuses(module.forward, name, x, G, A, B)
@@ -147,9 +144,9 @@ def factors_fit(module):
 
 @promise("Moments whose shapes do not fit the factors are refused.", of="step")
 def moments_fit(module):
-    G, A, B = _randn(4, 5), _randn(2, 5), _randn(4, 2)
+    G, A, B = randn(4, 5), randn(2, 5), randn(4, 2)
     for name in module.State._fields:
-        state = module.init_state(A, B)._replace(**{name: _randn(3, 3)})
+        state = module.init_state(A, B)._replace(**{name: randn(3, 3)})
         refuses(module.step, name, G, A, B, *state, 2.0, t=1, lr=0.1)
     for factor in ("A", "B"):
         both = {f"moment{i}_{factor}": torch.zeros(3, 3, dtype=G.dtype) for i in (1, 2)}
@@ -171,7 +168,7 @@ def escape_refuses(module):
 
 @promise("The penalty takes a probability from 0 to below 1.", of="dropout_penalty")
 def probability(module):
-    x, A, B = _randn(3, 5), _randn(2, 5), _randn(4, 2)
+    x, A, B = randn(3, 5), randn(2, 5), randn(4, 2)
     for bad in (-0.1, 1.0, 1.5, NAN):
         refuses(module.dropout_penalty, "p", x, A, B, 2.0, p=bad)
     assert not module.dropout_penalty(x, A, B, 2.0, p=0.0).any()
@@ -220,8 +217,8 @@ class _Largest(TorchDispatchMode):
 )
 def no_matrix_of_the_weight(module):
     out, in_, rank = 40, 50, 3
-    W0, A, B = _randn(out, in_), _randn(rank, in_), _randn(out, rank)
-    x, grad_y = _randn(2, in_), _randn(2, out)
+    W0, A, B = randn(out, in_), randn(rank, in_), randn(out, rank)
+    x, grad_y = randn(2, in_), randn(2, out)
     layer = module.ALLoRALinear(_linear(W0), rank=rank)
     layer.B.data.copy_(B)
 
@@ -277,7 +274,7 @@ def kinds_in_half_precision(module):
 
 @promise("In half precision a step of AdamW is computed in float32 and rounded once.", of="step")
 def step_in_half_precision(module):
-    G, A, B = _randn(4, 5).bfloat16(), _randn(2, 5).bfloat16(), _randn(4, 2).bfloat16()
+    G, A, B = randn(4, 5).bfloat16(), randn(2, 5).bfloat16(), randn(4, 2).bfloat16()
     state = [torch.rand_like(m) for m in module.init_state(A, B)]
     got = module.step(G, A, B, *state, 2.0, t=3, lr=0.1, beta1=0.7, beta2=0.7, weight_decay=0.5)
     assert {part.dtype for part in got} == {torch.bfloat16}
@@ -315,7 +312,7 @@ def only_factors_are_trained(module):
 
 @promise("The backward pass uses the factors and the eta of its own step: after a step the rows' factors are new ones.", of="ALLoRALinear")
 def layer_computes_anew(module):
-    layer, x, grad_y = _layer(module, eta=3.0), _randn(7, 5), _randn(7, 4)
+    layer, x, grad_y = _layer(module, eta=3.0), randn(7, 5), randn(7, 4)
     for eta in (3.0, 3.0, 0.5):
         layer.eta = eta
         before = [factor.detach().clone() for factor in (layer.A, layer.B)]
@@ -330,7 +327,7 @@ def layer_computes_anew(module):
 @promise("Training goes the way of the pure step: five of them with torch's own optimizer.", of=("ALLoRALinear", "sgd_step", "step"))
 def layer_trains(module):
     for make in (torch.optim.SGD, torch.optim.AdamW):
-        layer, x, target = _layer(module, eta=3.0), _randn(9, 5), _randn(9, 4)
+        layer, x, target = _layer(module, eta=3.0), randn(9, 5), randn(9, 4)
         A, B = layer.A.detach().clone(), layer.B.detach().clone()
         state = module.init_state(A, B)
         optimizer = make([layer.A, layer.B], lr=0.01, weight_decay=0.0)
@@ -349,30 +346,14 @@ def layer_trains(module):
 
 @promise("Merging and unmerging, each as often as one likes, leave the layer's function as it is.", of="ALLoRALinear")
 def merging_keeps_the_function(module):
-    layer, x = _layer(module), _randn(3, 5)
-    before, weight = layer(x), layer.base.weight.clone()
-    for merged in (False, True, True, False, False, True, False):
-        layer.merge() if merged else layer.unmerge()
-        assert layer.merged == merged
-        assert torch.allclose(layer(x), before)
-        assert torch.allclose(layer.base.weight, weight + merged * layer.B @ layer.A)
-        assert not layer.base.weight.requires_grad, "the frozen weight is a part of autograd's graph"
+    layer = _layer(module)
+    check_merging(layer, layer.B @ layer.A)
 
 
 @promise("Float32 factors beside a bfloat16 weight are used in bfloat16, and trained and merged in float32.", of="ALLoRALinear")
 def factors_may_be_more_precise(module):
-    layer, x = module.ALLoRALinear(nn.Linear(5, 4, dtype=torch.bfloat16), rank=2), torch.randn(3, 5, dtype=torch.bfloat16)
-    for factor in (layer.A, layer.B):
-        factor.data = torch.randn(factor.shape)
-    y, weight = layer(x), layer.base.weight.clone()
-    y.sum().backward()
-    assert y.dtype == torch.bfloat16
-    assert layer.A.grad.dtype == layer.B.grad.dtype == torch.float32
-    layer.merge()
-    assert torch.equal(layer.base.weight, (weight + layer.B @ layer.A).bfloat16())
-    merged = layer.base.weight.clone()
-    layer.unmerge()
-    assert torch.equal(layer.base.weight, (merged - layer.B @ layer.A).bfloat16())
+    layer = module.ALLoRALinear(nn.Linear(5, 4, dtype=torch.bfloat16), rank=2)
+    check_precise_factors(layer, "AB", lambda layer: layer.B @ layer.A)
 
 
 @promise("Layers stacked by vmap get the gradients that each gets alone.", of=("_Adapter", "ALLoRALinear"))
@@ -380,7 +361,7 @@ def layers_under_vmap(module):
     for kind in module.KINDS:
         layers = [_layer(module, eta=3.0, kind=kind) for _ in range(3)]
         params, _ = torch.func.stack_module_state(layers)
-        x, grad_y = _randn(3, 7, 5), _randn(3, 7, 4)
+        x, grad_y = randn(3, 7, 5), randn(3, 7, 4)
         torch.vmap(lambda own, x: torch.func.functional_call(layers[0], own, (x,)))(params, x).backward(grad_y)  # noqa: B023
         for i, layer in enumerate(layers):
             want = module.backward(grad_y[i], x[i], layer.base.weight, layer.A.detach(), layer.B.detach(), 3.0, kind=kind)

@@ -7,13 +7,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from loracle.oracle_tests.promises import follows_the_global_generator, promise, refuses
+from loracle.oracle_tests.promises.layers import randn
 
 # The set-up functions that read values, and of which arguments
 FINITE = {"init": ("W0",), "merge": ("W0", "A", "B"), "unmerge": ("W", "A", "B"), "fit_delta": ("D",)}
-
-
-def _randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def _linear(in_features=7, out_features=6, bias=True):
@@ -28,7 +25,7 @@ def _layer(module, base=None, **options):
 
 
 def _factors():
-    return _randn(2, 7), _randn(3, 6, 2)
+    return randn(2, 7), randn(3, 6, 2)
 
 
 # Errors
@@ -45,7 +42,7 @@ def _refusal_of(call):
 
 @promise("A rank that the blocks do not divide is refused, and the message names its divisors.", of="_block_rank")
 def divisors_are_named(module):
-    W0 = _randn(12, 13)
+    W0 = randn(12, 13)
     calls = (
         lambda: module.init(W0, rank=12, blocks=5),
         lambda: module.fit_delta(W0, rank=12, blocks=5),
@@ -66,7 +63,7 @@ def divisors_are_named(module):
     of=("_check_whole", "compact_settings", "mult_adds", "init", "generalization_bound"),
 )
 def numbers_are_whole(module):
-    W0 = _randn(6, 7)
+    W0 = randn(6, 7)
     for bad in (0, -1, 2.0, True, "2"):
         refuses(module.init, "blocks", W0, rank=2, blocks=bad)
         refuses(module.fit_delta, "blocks", W0, rank=2, blocks=bad)
@@ -83,7 +80,7 @@ def numbers_are_whole(module):
 
 @promise("The nominal rank goes from 1 to the smaller side.", of=("init", "fit_delta", "num_trainable", "mult_adds"))
 def rank_is_in_range(module):
-    for W0 in (_randn(6, 7), _randn(7, 6)):
+    for W0 in (randn(6, 7), randn(7, 6)):
         for function in (module.init, module.fit_delta, module.num_trainable, module.mult_adds):
             options = {"tokens": 2} if function is module.mult_adds else {}
             for bad in (0, -2, 8, 2.0, True):
@@ -112,12 +109,12 @@ def bound_refuses(module):
 @promise("The scaling of an approximation is positive and finite.", of=("fit_delta",))
 def scaling_is_positive(module):
     for bad in (0.0, -1.0, math.nan, math.inf):
-        refuses(module.fit_delta, "scaling", _randn(6, 7), bad, rank=2, blocks=2)
+        refuses(module.fit_delta, "scaling", randn(6, 7), bad, rank=2, blocks=2)
 
 
 @promise("An order that does not exist is refused, with the nearest name.", of=("forward", "mult_adds", "BlockLoRALinear"))
 def order_is_known(module):
-    x, W0, (A, B) = _randn(2, 7), _randn(6, 7), _factors()
+    x, W0, (A, B) = randn(2, 7), randn(6, 7), _factors()
     for call in (
         lambda: module.forward(x, W0, A, B, 1.0, order="block_wise"),
         lambda: module.mult_adds(W0, rank=6, blocks=3, tokens=2, order="block_wise"),
@@ -149,7 +146,7 @@ def _adapter_flops(call, tokens):
     of=("forward", "mult_adds", "BlockLoRALinear"),
 )
 def orders_cost_what_is_counted(module):
-    x, W0, (A, B) = _randn(2, 5, 7), _randn(6, 7), _factors()
+    x, W0, (A, B) = randn(2, 5, 7), randn(6, 7), _factors()
     for options in ({"order": "blockwise"}, {"order": "add_first"}, {}):
         counted = module.mult_adds(W0, rank=6, blocks=3, tokens=10, **options).multiplications
         assert _adapter_flops(lambda options=options: module.forward(x, W0, A, B, 1.5, **options), 10) == counted
@@ -168,22 +165,22 @@ def start_from_the_global_generator(module):
 @promise("Factors have the device and dtype of what they are made for.", of=("init", "fit_delta"))
 def factors_follow_the_weight(module):
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
-        W0 = _randn(6, 7).to(dtype)
+        W0 = randn(6, 7).to(dtype)
         for factors in (module.init(W0, rank=4, blocks=2), module.fit_delta(W0, rank=4, blocks=2)):
             assert {factor.dtype for factor in factors} == {dtype}
-    assert module.fit_delta(_randn(6, 7), rank=4, blocks=2).A.dtype == torch.float64
+    assert module.fit_delta(randn(6, 7), rank=4, blocks=2).A.dtype == torch.float64
 
 
 @promise("An approximation owns its memory: the rest of the decomposition can be freed.", of="fit_delta")
 def fit_owns_its_memory(module):
-    for factor in module.fit_delta(_randn(6, 7), rank=4, blocks=2):
+    for factor in module.fit_delta(randn(6, 7), rank=4, blocks=2):
         assert factor.is_contiguous()
         assert factor.untyped_storage().nbytes() == factor.numel() * factor.element_size()
 
 
 @promise("In half precision the decomposition is made in float32.", of="fit_delta")
 def fit_in_half_precision(module):
-    D = _randn(6, 7).bfloat16()
+    D = randn(6, 7).bfloat16()
     A, B = module.fit_delta(D, rank=4, blocks=2)
     exact_A, exact_B = module.fit_delta(D.float(), rank=4, blocks=2)
     assert torch.equal(A, exact_A.bfloat16())
@@ -193,7 +190,7 @@ def fit_in_half_precision(module):
 @promise("What comes back shares no memory with the arguments, nor blocks with each other.", of=("gradients", "to_compact_lora", "to_lora"))
 def results_own_their_memory(module):
     A, B = _factors()
-    grads = module.gradients(_randn(6, 7), A, B, 1.5)
+    grads = module.gradients(randn(6, 7), A, B, 1.5)
     grads.grad_B[0] += 1
     assert not torch.equal(grads.grad_B[0], grads.grad_B[1])
     for function in (module.to_lora, module.to_compact_lora):
@@ -207,8 +204,8 @@ def results_own_their_memory(module):
 
 @promise("All blocks have the same gradient to the last bit, by formula and by autograd in both orders.", of=("gradients", "forward"))
 def blocks_move_alike(module):
-    x, W0, (A, B) = _randn(9, 7), _randn(6, 7), _factors()
-    grad_B = module.gradients(_randn(6, 7), A, B, 1.5).grad_B
+    x, W0, (A, B) = randn(9, 7), randn(6, 7), _factors()
+    grad_B = module.gradients(randn(6, 7), A, B, 1.5).grad_B
     assert torch.equal(grad_B[0], grad_B[2])
     for order in module.ORDERS:
         leaf = B.clone().requires_grad_()
@@ -224,7 +221,7 @@ def blocks_move_alike(module):
 def layer_computes(module):
     for options in ({}, {"order": "blockwise"}):
         for base in (_linear(), _linear(bias=False)):
-            layer, x = _layer(module, base, **options), _randn(3, 7)
+            layer, x = _layer(module, base, **options), randn(3, 7)
             assert torch.allclose(layer(x), base(x) + 0.5 * x @ layer.A.T @ (layer.B[0] + layer.B[1] + layer.B[2]).T)
 
 
@@ -238,7 +235,7 @@ def layer_scaling(module):
 
 @promise("The layer starts as its base, from the factors that the generator gives.", of="BlockLoRALinear")
 def layer_starts(module):
-    base, x = _linear(), _randn(3, 7)
+    base, x = _linear(), randn(3, 7)
     layers = [module.BlockLoRALinear(base, rank=6, blocks=3, alpha=3.0, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
     assert torch.equal(layers[0].A, layers[1].A)
     assert torch.equal(layers[0](x), base(x))
@@ -255,7 +252,7 @@ def only_factors_are_trained(module):
 
 @promise("A training of the layer with torch's AdamW is that of LoRA with the compact form and the compact settings.", of="BlockLoRALinear")
 def training_is_that_of_a_small_lora(module):
-    x, target = _randn(9, 7), _randn(9, 6)
+    x, target = randn(9, 7), randn(9, 6)
     layer = _layer(module)
     small = module.BlockLoRALinear(layer.base, rank=2, blocks=1, alpha=1.0)
     with torch.no_grad():
@@ -279,7 +276,7 @@ def training_is_that_of_a_small_lora(module):
 
 @promise("Dropout acts in training only, with one mask for all blocks, and only on the adapter.", of="BlockLoRALinear")
 def layer_dropout(module):
-    layer, x = _layer(module, dropout=0.5), _randn(40, 7)
+    layer, x = _layer(module, dropout=0.5), randn(40, 7)
     layer.eval()
     assert torch.equal(layer(x), _no_dropout(module, layer, x))
     layer.train()
@@ -307,7 +304,7 @@ def layer_dropout_is_a_probability(module):
 
 @promise("A mask without a probability drops entries and divides by nothing.", of="forward")
 def probability_is_zero_by_default(module):
-    x, W0, (A, B) = _randn(5, 7), _randn(6, 7), _factors()
+    x, W0, (A, B) = randn(5, 7), randn(6, 7), _factors()
     mask = torch.rand(5, 7) < 0.5
     got = module.forward(x, W0, A, B, 1.5, mask=mask)
     assert torch.allclose(got, x @ W0.T + 1.5 * (x * mask) @ A.T @ B.sum(dim=0).T)
@@ -315,7 +312,7 @@ def probability_is_zero_by_default(module):
 
 @promise("Merging moves the update into the base weight once, unmerging takes it out once.", of="BlockLoRALinear")
 def layer_merges(module):
-    layer, x = _layer(module), _randn(3, 7)
+    layer, x = _layer(module), randn(3, 7)
     weight, before = layer.base.weight.clone(), layer(x)
     assert not layer.merged
     layer.unmerge()
@@ -336,7 +333,7 @@ def layer_merges(module):
 
 @promise("Factors in float32 beside a bfloat16 weight are used in bfloat16, and trained and merged in float32.", of="BlockLoRALinear")
 def factors_of_higher_precision(module):
-    layer, x = _layer(module, _linear().bfloat16()), _randn(5, 7).bfloat16()
+    layer, x = _layer(module, _linear().bfloat16()), randn(5, 7).bfloat16()
     layer.A.data, layer.B.data = layer.A.data.float(), layer.B.data.float()
     y, weight = layer(x), layer.base.weight.clone()
     assert torch.equal(y, module.forward(x, weight, layer.A.bfloat16(), layer.B.bfloat16(), 0.5, bias=layer.base.bias))

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from loracle.oracle_tests.promises import follows_the_global_generator, promise, refuses
+from loracle.oracle_tests.promises.layers import randn
 
 # The set-up functions that read values, and of which arguments
 FINITE = {
@@ -18,17 +19,13 @@ FINITE = {
 }
 
 
-def _randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
-
-
 def _linear(in_features=5, out_features=4):
     return nn.Linear(in_features, out_features, dtype=torch.float64)
 
 
 def _noise(module, name, rank):
     """Noise for the starts that need some."""
-    return _randn(rank) if module.NOISE[name] else None
+    return randn(rank) if module.NOISE[name] else None
 
 
 # Errors
@@ -45,7 +42,7 @@ def zero_pivot(module):
             assert "W0 has a zero pivot at position 1 of 3" in message
             assert "leave the layer out" in message
             assert "a rank of" not in message
-    zeros = _randn(5, 4)
+    zeros = randn(5, 4)
     zeros[:, 2] = 0
     assert "position 3 of 4" in _message(module.ldu, zeros)
     assert "at most 2" in _message(module.ldu, zeros)
@@ -62,7 +59,7 @@ def _message(function, *args, **given):
 
 @promise("Only the leading pivots have to be non-zero: what comes after them is never divided by.", of=("_factorise", "init"))
 def later_pivots_may_be_zero(module):
-    W0 = _randn(5, 4)
+    W0 = randn(5, 4)
     W0[:, 2] = 0
     for rank in (1, 2):
         weights = module.init(W0, 0.5, rank=rank)
@@ -72,7 +69,7 @@ def later_pivots_may_be_zero(module):
 
 @promise("The rank goes from 1 to the smaller side.", of=("init", "draw_noise", "num_trainable", "scaling_factor", "LoLDULinear"))
 def rank_is_in_range(module):
-    W = _randn(4, 5)
+    W = randn(4, 5)
     for bad in (0, -1, 5, 2.0, True):
         for function in (module.init, module.draw_noise, module.num_trainable):
             refuses(function, "rank", W, rank=bad)
@@ -86,12 +83,12 @@ def rank_is_in_range(module):
 @promise("What is not finite is told as that, before anything is computed from it.", of=("_factorise", "fit_diagonal", "merge", "unmerge"))
 def not_finite(module):
     for bad in (math.nan, math.inf):
-        spoiled = _randn(4, 5)
+        spoiled = randn(4, 5)
         spoiled[1, 2] = bad
         for function, given in ((module.ldu, {}), (module.init, {"rank": 2})):
             assert "W0 has" in _message(function, spoiled, **given)
             assert "NaN or infinite" in _message(function, spoiled, **given)
-        good = {"target": _randn(4, 5), "U": _randn(2, 5), "L": _randn(4, 2)}
+        good = {"target": randn(4, 5), "U": randn(2, 5), "L": randn(4, 2)}
         for name, value in good.items():
             wrong = value.clone()
             wrong[0, 0] = bad
@@ -108,27 +105,27 @@ def names_of_the_starts(module):
 @promise("The scaling of a start is positive and finite.", of="init")
 def scaling_is_positive(module):
     for bad in (0.0, -1.0, math.nan, math.inf):
-        refuses(module.init, "scaling", _randn(4, 5), bad, rank=2)
+        refuses(module.init, "scaling", randn(4, 5), bad, rank=2)
 
 
 @promise("A random start asks for its noise, and says how to draw it; noise of another length is refused.", of=("init_diagonal", "init"))
 def noise_is_needed(module):
-    W0 = _randn(4, 5)
+    W0 = randn(4, 5)
     for name, kind in module.NOISE.items():
         if kind:
-            for function, given in ((module.init_diagonal, _randn(3)), (module.init, W0)):
+            for function, given in ((module.init_diagonal, randn(3)), (module.init, W0)):
                 options = {} if function is module.init_diagonal else {"rank": 3}
                 refuses(function, "noise", given, diagonal=name, **options)
                 refuses(function, "draw_noise", given, diagonal=name, **options)
                 refuses(function, kind, given, diagonal=name, **options)
-                refuses(function, "noise", given, diagonal=name, noise=_randn(2), **options)
+                refuses(function, "noise", given, diagonal=name, noise=randn(2), **options)
 
 
 @promise("A normal start has a width only from two pivots on.", of="init_diagonal")
 def normal_needs_two_pivots(module):
-    refuses(module.init_diagonal, "diagonal", _randn(1), diagonal="normal", noise=_randn(1))
-    assert module.init_diagonal(_randn(2), diagonal="normal", noise=_randn(2)).isfinite().all()
-    assert module.init_diagonal(_randn(1), diagonal="uniform", noise=_randn(1)).isfinite().all()
+    refuses(module.init_diagonal, "diagonal", randn(1), diagonal="normal", noise=randn(1))
+    assert module.init_diagonal(randn(2), diagonal="normal", noise=randn(2)).isfinite().all()
+    assert module.init_diagonal(randn(1), diagonal="uniform", noise=randn(1)).isfinite().all()
 
 
 @promise("Weights whose factors leave the range of half precision are refused.", of=("ldu", "init", "_stored"))
@@ -145,7 +142,7 @@ def range_of_half_precision(module):
     of=("merge", "unmerge", "restore"),
 )
 def merging_needs_a_permutation(module):
-    W, U, z, L = _randn(4, 5), _randn(2, 5), _randn(2), _randn(4, 2)
+    W, U, z, L = randn(4, 5), randn(2, 5), randn(2), randn(4, 2)
     good = torch.tensor([1, 2, 3, 0])
     for bad in ([0, 0, 1, 2], [1, 2, 3, 4], [0, 1, 2], [0, 1, 2, 3, 4]):
         for function in (module.merge, module.unmerge, module.restore):
@@ -157,7 +154,7 @@ def merging_needs_a_permutation(module):
 
 @promise("Without a best diagonal there is an error: a scaling of zero, or dependent factors.", of="fit_diagonal")
 def fit_is_possible(module):
-    target, U, L, P = _randn(4, 5), _randn(2, 5), _randn(4, 2), torch.arange(4)
+    target, U, L, P = randn(4, 5), randn(2, 5), randn(4, 2), torch.arange(4)
     for bad in (0.0, math.nan, math.inf):
         refuses(module.fit_diagonal, "scaling", target, U, L, P, bad)
     refuses(module.fit_diagonal, "U", target, 0 * U, L, P, 1.0)
@@ -188,7 +185,7 @@ def noise_of_the_dtype(module):
     "Half precision is factored in float32, and the rounding of the factors cancels in the residual.", of=("ldu", "init", "fit_diagonal")
 )
 def half_precision(module):
-    W0 = _randn(6, 7)
+    W0 = randn(6, 7)
     for dtype in (torch.float16, torch.bfloat16):
         low = W0.to(dtype)
         for part in module.ldu(low)[:3]:
@@ -208,8 +205,8 @@ def half_precision(module):
     of=("init", "ldu", "init_diagonal"),
 )
 def factors_own_their_memory(module):
-    D = _randn(3)
-    for found in (f for W0 in (_randn(4, 5), _randn(5, 4), _randn(4, 4)) for f in (module.ldu(W0), module.init(W0, rank=2))):
+    D = randn(3)
+    for found in (f for W0 in (randn(4, 5), randn(5, 4), randn(4, 4)) for f in (module.ldu(W0), module.init(W0, rank=2))):
         for part in found[:-1]:
             assert part.is_contiguous()
             assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
@@ -226,7 +223,7 @@ def _layer(module, **options):
     """A layer whose diagonal has moved."""
     layer = module.LoLDULinear(_linear(), **{"rank": 3, "alpha": 2.0, "diagonal": "ones", **options})
     with torch.no_grad():
-        layer.z += _randn(3)
+        layer.z += randn(3)
         if options.get("train_scaling"):
             layer.scaling += 0.7
     return layer
@@ -234,7 +231,7 @@ def _layer(module, **options):
 
 @promise("The layer starts bit for bit at the pretrained one for every diagonal.", of="LoLDULinear")
 def layer_starts_at_the_pretrained_one(module):
-    x = _randn(3, 5)
+    x = randn(3, 5)
     for name in module.DIAGONALS:
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
             layer = module.LoLDULinear(_linear().to(dtype), rank=3, diagonal=name, alpha=2.0)
@@ -243,7 +240,7 @@ def layer_starts_at_the_pretrained_one(module):
 
 @promise("The layer is the paper's: the residual of `init` plus the trained part, with every option.", of="LoLDULinear")
 def layer_computes(module):
-    linear, x = _linear(), _randn(3, 5)
+    linear, x = _linear(), randn(3, 5)
     for name in module.DIAGONALS:
         for preserve in (True, False):
             layer = module.LoLDULinear(
@@ -284,14 +281,14 @@ def only_the_diagonal_is_trained(module):
         assert all(p.is_leaf for p in layer.parameters())
         other = module.LoLDULinear(_linear(), rank=3)
         other.load_state_dict(layer.state_dict())
-        x = _randn(2, 5)
+        x = randn(2, 5)
         assert torch.equal(other(x), layer(x))
 
 
 @promise("A training step moves what is trained as the page's gradients say, and nothing else.", of="LoLDULinear")
 def training_moves_the_diagonal(module):
     for train_scaling in (False, True):
-        layer, x, target = _layer(module, train_scaling=train_scaling), _randn(7, 5), _randn(7, 4)
+        layer, x, target = _layer(module, train_scaling=train_scaling), randn(7, 5), randn(7, 4)
         before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
         scaling = layer.scaling.item()
         torch.nn.functional.mse_loss(layer(x), target, reduction="sum").div(2).backward()
@@ -309,7 +306,7 @@ def training_moves_the_diagonal(module):
     "Disabled, the layer is the pretrained one bit for bit, also after training and merging; enabled, it is as before.", of="LoLDULinear"
 )
 def disabling_restores(module):
-    linear, x = _linear(), _randn(3, 5)
+    linear, x = _linear(), randn(3, 5)
     weight, pretrained = linear.weight.detach().clone(), linear(x).detach().clone()
     for preserve in (True, False):
         layer = module.LoLDULinear(linear, rank=3, alpha=2.0, diagonal="ones", preserve=preserve)
@@ -329,7 +326,7 @@ def disabling_restores(module):
 
 @promise("Merging keeps the layer's function and costs one linear layer; unmerging leaves no rounding behind.", of="LoLDULinear")
 def merging_keeps_the_function(module):
-    layer, x = _layer(module), _randn(3, 5)
+    layer, x = _layer(module), randn(3, 5)
     before, state = layer(x), {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     for _ in range(2):
         layer.merge()
@@ -347,7 +344,7 @@ def merging_keeps_the_function(module):
 
 @promise("A float32 diagonal beside a bfloat16 weight is used in bfloat16, and trained in float32.", of="LoLDULinear")
 def diagonal_may_be_more_precise(module):
-    layer, x = module.LoLDULinear(_linear().bfloat16(), rank=3), _randn(3, 5).bfloat16()
+    layer, x = module.LoLDULinear(_linear().bfloat16(), rank=3), randn(3, 5).bfloat16()
     layer.z.data = layer.z.data.float()
     assert torch.equal(layer(x), layer.base(x))
     y = layer(x)

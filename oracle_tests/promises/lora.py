@@ -5,6 +5,7 @@ from torch import nn
 
 from loracle.oracle_tests.objects import from_module
 from loracle.oracle_tests.promises import follows_the_global_generator, promise, refuses
+from loracle.oracle_tests.promises.layers import check_dropout, check_merging, check_no_dropout, check_precise_factors
 
 # The set-up functions that read values, and of which arguments
 FINITE = {"init": ("W0",), "merge": ("W0", "A", "B"), "unmerge": ("W", "A", "B")}
@@ -27,6 +28,10 @@ def _layer(module, **options):
     layer = module.LoRALinear(nn.Linear(3, 4, dtype=torch.float64), rank=2, alpha=3.0, **options)
     nn.init.normal_(layer.B)
     return layer
+
+
+def _update(layer):
+    return layer.scaling * layer.B @ layer.A
 
 
 # Draws and defaults
@@ -90,51 +95,23 @@ def dropout_is_a_probability(module):
 
 @promise("In training each entry of the adapter's input is dropped with probability p, and the rest divided by 1 - p.", of="LoRALinear")
 def layer_drops_in_training(module):
-    layer, x = _layer(module, dropout=0.25), torch.randn(3, dtype=torch.float64)
-    masks = torch.tensor([[i >> k & 1 for k in range(3)] for i in range(8)], dtype=torch.float64)
-    possible = layer.base(x) + layer.scaling * (x * masks / 0.75) @ layer.A.T @ layer.B.T
-    with torch.no_grad():
-        drawn = layer.train()(x.expand(4000, 3))
-    which = (drawn[:, None] - possible).abs().amax(dim=-1)
-    assert which.min(dim=1).values.max() < 1e-9, "an output belongs to no mask"
-    # Seven standard errors of the share of 12,000 kept entries
-    kept = masks[which.argmin(dim=1)].mean().item()
-    assert abs(kept - 0.75) < 7 * (0.75 * 0.25 / 12_000) ** 0.5, f"a share of {kept} is kept"
+    layer = _layer(module, dropout=0.25)
+    check_dropout(layer, _update(layer))
 
 
 @promise("Outside training, or with dropout 0, the layer drops nothing and draws nothing.", of="LoRALinear")
 def layer_draws_nothing_otherwise(module):
     for layer in (_layer(module, dropout=0.5).eval(), _layer(module, dropout=0.0).train()):
-        x = torch.randn(5, 3, dtype=torch.float64)
-        state = torch.get_rng_state()
-        y = layer(x)
-        assert torch.equal(torch.get_rng_state(), state), "the global generator has moved"
-        assert torch.allclose(y, layer.base(x) + layer.scaling * x @ layer.A.T @ layer.B.T)
+        check_no_dropout(layer, _update(layer))
 
 
 @promise("Merging and unmerging, each as often as one likes, leave the layer's function as it is.", of="LoRALinear")
 def merging_keeps_the_function(module):
-    layer, x = _layer(module).eval(), torch.randn(5, 3, dtype=torch.float64)
-    before, weight = layer(x), layer.base.weight.clone()
-    for merged in (False, True, True, False, False, True, False):
-        layer.merge() if merged else layer.unmerge()
-        assert torch.allclose(layer(x), before)
-        assert torch.allclose(layer.base.weight, weight + merged * layer.scaling * layer.B @ layer.A)
-        assert not layer.base.weight.requires_grad, "the frozen weight is a part of autograd's graph"
+    layer = _layer(module).eval()
+    check_merging(layer, _update(layer))
 
 
 @promise("Float32 factors beside a bfloat16 weight are used in bfloat16, and trained and merged in float32.", of="LoRALinear")
 def factors_may_be_more_precise(module):
-    layer, x = module.LoRALinear(nn.Linear(3, 4, dtype=torch.bfloat16), rank=2, alpha=3.0), torch.randn(5, 3, dtype=torch.bfloat16)
-    for factor in (layer.A, layer.B):
-        factor.data = torch.randn(factor.shape)
-    y, weight = layer(x), layer.base.weight.clone()
-    y.sum().backward()
-    assert y.dtype == torch.bfloat16
-    assert layer.A.grad.dtype == layer.B.grad.dtype == torch.float32
-    change = layer.scaling * layer.B @ layer.A
-    layer.merge()
-    assert torch.equal(layer.base.weight, (weight + change).bfloat16())
-    merged = layer.base.weight.clone()
-    layer.unmerge()
-    assert torch.equal(layer.base.weight, (merged - change).bfloat16())
+    layer = module.LoRALinear(nn.Linear(3, 4, dtype=torch.bfloat16), rank=2, alpha=3.0)
+    check_precise_factors(layer, "AB", _update)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from loracle.oracle_tests.promises import follows_the_global_generator, promise, refuses
+from loracle.oracle_tests.promises.layers import randn
 
 # The set-up functions that read values, and of which arguments
 FINITE = {
@@ -15,10 +16,6 @@ FINITE = {
     "init_xs": ("W0",),
     "merge": ("W0", "A", "R", "B"),
 }
-
-
-def _randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def _linear(in_features=5, out_features=4):
@@ -55,7 +52,7 @@ def one_entry_is_enough(module):
     of=("first_step_update", "init", "init_xs"),
 )
 def numbers_are_positive(module):
-    G = _randn(4, 5)
+    G = randn(4, 5)
     for bad in (0.0, -1.0, math.nan, math.inf):
         refuses(module.first_step_update, "lr", G, lr=bad)
         refuses(module.init, "scaling", G, bad, rank=2)
@@ -65,7 +62,7 @@ def numbers_are_positive(module):
 
 @promise("AdamW's epsilon may be zero, but neither negative nor infinite nor NaN.", of="first_step_update")
 def epsilon_is_not_negative(module):
-    G = _randn(4, 5)
+    G = randn(4, 5)
     for bad in (-1e-8, math.nan, math.inf):
         refuses(module.first_step_update, "adam_eps", G, lr=0.1, adam_eps=bad)
     assert torch.isfinite(module.first_step_update(G, lr=0.1, adam_eps=0.0)).all()
@@ -73,7 +70,7 @@ def epsilon_is_not_negative(module):
 
 @promise("The rank goes from 1 to the smaller side.", of=("init", "init_xs", "draw_sketch", "num_trainable"))
 def rank_is_in_range(module):
-    W = _randn(4, 5)
+    W = randn(4, 5)
     for bad in (0, -1, 5, 2.0, True):
         for function in (module.init, module.init_xs, module.draw_sketch, module.num_trainable):
             refuses(function, "rank", W, rank=bad)
@@ -84,18 +81,18 @@ def rank_is_in_range(module):
 
 @promise("A sketch has the input side's rows and from rank to min(out, in) columns, and no negative iterations.", of="init")
 def sketch_fits(module):
-    for update in (_randn(6, 5), _randn(5, 6)):
+    for update in (randn(6, 5), randn(5, 6)):
         side = update.shape[1]
         for shape in ((11 - side, 3), (side, 1), (side, 6), (side,), (side, 3, 1)):
-            refuses(module.init, "sketch", update, rank=2, sketch=_randn(*shape))
-        refuses(module.init, "niter", update, rank=2, sketch=_randn(side, 3), niter=-1)
+            refuses(module.init, "sketch", update, rank=2, sketch=randn(*shape))
+        refuses(module.init, "niter", update, rank=2, sketch=randn(side, 3), niter=-1)
         for columns in (2, 5):
-            module.init(update, rank=2, sketch=_randn(side, columns), niter=0)
+            module.init(update, rank=2, sketch=randn(side, columns), niter=0)
 
 
 @promise("Without a batch nothing is estimated, and a gradient that does not fit the weight is refused.", of="estimate_update")
 def batches_are_there_and_fit(module):
-    W0 = _randn(4, 5)
+    W0 = randn(4, 5)
     refuses(module.estimate_update, "batches", lambda W, batch: W, W0, [], lr=0.1)
     for bad in (W0[:3], W0.float()):
         refuses(module.estimate_update, "gradient", lambda W, batch, bad=bad: bad, W0, [0], lr=0.1)
@@ -104,8 +101,8 @@ def batches_are_there_and_fit(module):
 
 @promise("The weight and the first update must have the same shape and dtype.", of="init_weights")
 def update_fits_the_weight(module):
-    refuses(module.init_weights, "update", _randn(4, 5), _randn(5, 4), rank=2)
-    refuses(module.init_weights, "update", _randn(4, 5), _randn(4, 5).float(), rank=2)
+    refuses(module.init_weights, "update", randn(4, 5), randn(5, 4), rank=2)
+    refuses(module.init_weights, "update", randn(4, 5), randn(4, 5).float(), rank=2)
 
 
 # Draws and defaults
@@ -113,7 +110,7 @@ def update_fits_the_weight(module):
 
 @promise("Without a generator R of LoRA-XS and the sketch are drawn from torch's own.", of=("init_xs", "draw_sketch"))
 def draws_from_the_global_generator(module):
-    W0 = _randn(4, 5)
+    W0 = randn(4, 5)
     assert follows_the_global_generator(lambda: module.init_xs(W0, rank=2).R)
     assert follows_the_global_generator(lambda: module.draw_sketch(W0, rank=2))
 
@@ -122,12 +119,12 @@ def draws_from_the_global_generator(module):
 def draws_on_the_device(module):
     assert module.draw_sketch(torch.ones(4, 5, device="meta", dtype=torch.float16), rank=2).device.type == "meta"
     assert module.draw_sketch(torch.ones(4, 5, dtype=torch.float16), rank=2).dtype == torch.float16
-    assert module.init_xs(_randn(4, 5).bfloat16(), rank=2).R.dtype == torch.bfloat16
+    assert module.init_xs(randn(4, 5).bfloat16(), rank=2).R.dtype == torch.bfloat16
 
 
 @promise("Factors lie row by row in memory, free of the decomposition that they come from.", of=("init", "init_xs"))
 def factors_own_their_memory(module):
-    W0 = _randn(4, 5)
+    W0 = randn(4, 5)
     for A, _, B in (module.init(W0, rank=2), module.init_xs(W0, rank=2)):
         for factor in (A, B):
             assert factor.is_contiguous()
@@ -139,7 +136,7 @@ def factors_own_their_memory(module):
     of=("init", "optimal_gradient", "projected_gradient"),
 )
 def half_precision(module):
-    update = _randn(6, 7)
+    update = randn(6, 7)
     for dtype in (torch.float16, torch.bfloat16):
         A, R, B = module.init(update.to(dtype), rank=2)
         assert A.dtype == R.dtype == B.dtype == dtype
@@ -150,24 +147,24 @@ def half_precision(module):
 
 
 def _layer(module, scaling=1.5):
-    return module.LoRASBLinear(_linear(), _randn(2, 5), _randn(2, 2), _randn(4, 2), scaling)
+    return module.LoRASBLinear(_linear(), randn(2, 5), randn(2, 2), randn(4, 2), scaling)
 
 
 @promise("The layer is the frozen one plus s B R A.", of="LoRASBLinear")
 def layer_computes(module):
-    layer, x = _layer(module), _randn(3, 5)
+    layer, x = _layer(module), randn(3, 5)
     assert torch.allclose(layer(x), layer.base(x) + 1.5 * x @ layer.A.T @ layer.R.T @ layer.B.T)
 
 
 @promise("Without an argument the layer's scaling is 1.", of=("LoRASBLinear", "adapt_linear"))
 def layer_is_not_scaled(module):
-    assert module.LoRASBLinear(_linear(), _randn(2, 5), _randn(2, 2), _randn(4, 2)).scaling == 1
-    assert module.adapt_linear(_linear(), _randn(4, 5), rank=2).scaling == 1
+    assert module.LoRASBLinear(_linear(), randn(2, 5), randn(2, 2), randn(4, 2)).scaling == 1
+    assert module.adapt_linear(_linear(), randn(4, 5), rank=2).scaling == 1
 
 
 @promise("Only R of the layer is trained; A and B are saved with it; its numbers are its own.", of="LoRASBLinear")
 def only_R_is_trained(module):
-    A, R, B = (_randn(*shape).requires_grad_() for shape in ((2, 5), (2, 2), (4, 2)))
+    A, R, B = (randn(*shape).requires_grad_() for shape in ((2, 5), (2, 2), (4, 2)))
     layer = module.LoRASBLinear(_linear(), A, R, B)
     assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["R"]
     assert set(layer.state_dict()) == {"A", "R", "B", "base.weight", "base.bias"}
@@ -183,7 +180,7 @@ def only_R_is_trained(module):
 
 @promise("A training step moves R as the page's formula says, and leaves A, B and the frozen weight bit for bit.", of="LoRASBLinear")
 def training_moves_R_only(module):
-    layer, x, target = _layer(module), _randn(7, 5), _randn(7, 4)
+    layer, x, target = _layer(module), randn(7, 5), randn(7, 4)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     W = layer.base.weight + 1.5 * layer.B @ layer.R @ layer.A
     G = (x @ W.T + layer.base.bias - target).T @ x
@@ -195,7 +192,7 @@ def training_moves_R_only(module):
 
 @promise("Float32 factors beside a bfloat16 weight are used in bfloat16, and trained in float32.", of="LoRASBLinear")
 def factors_may_be_more_precise(module):
-    layer, x = module.LoRASBLinear(*(part.bfloat16() for part in (_linear(), _randn(2, 5), _randn(2, 2), _randn(4, 2)))), _randn(3, 5)
+    layer, x = module.LoRASBLinear(*(part.bfloat16() for part in (_linear(), randn(2, 5), randn(2, 2), randn(4, 2)))), randn(3, 5)
     for name in ("A", "R", "B"):
         getattr(layer, name).data = getattr(layer, name).float()
     y = layer(x.bfloat16())
@@ -206,8 +203,8 @@ def factors_may_be_more_precise(module):
 
 @promise("The layer refuses factors that do not fit it or are not finite.", of="LoRASBLinear")
 def layer_refuses(module):
-    good = {"A": _randn(2, 5), "R": _randn(2, 2), "B": _randn(4, 2)}
-    for name, misfit in {"A": _randn(2, 4), "R": _randn(3, 3), "B": _randn(5, 2)}.items():
+    good = {"A": randn(2, 5), "R": randn(2, 2), "B": randn(4, 2)}
+    for name, misfit in {"A": randn(2, 4), "R": randn(3, 3), "B": randn(5, 2)}.items():
         refuses(module.LoRASBLinear, name, _linear(), **{**good, name: misfit})
         refuses(module.LoRASBLinear, name, _linear(), **{**good, name: good[name] * math.nan})
     refuses(module.LoRASBLinear, "A", _linear(), **{name: factor.float() for name, factor in good.items()})
@@ -215,7 +212,7 @@ def layer_refuses(module):
 
 @promise("An adapted layer starts one approximated step ahead of the layer that it copies, which stays as it is.", of="adapt_linear")
 def adapted_layer(module):
-    linear, update, x = _linear(), _randn(4, 5), _randn(3, 5)
+    linear, update, x = _linear(), randn(4, 5), randn(3, 5)
     weight = linear.weight.detach().clone()
     for scaling in (1.0, 3.0):
         layer = module.adapt_linear(linear, update, rank=4, scaling=scaling)
@@ -230,7 +227,7 @@ def adapted_layer(module):
     "The first update may be more precise than the layer: the factors take the layer's dtype after the decomposition.", of="adapt_linear"
 )
 def adapted_layer_of_low_precision(module):
-    update = _randn(4, 5)
+    update = randn(4, 5)
     layer = module.adapt_linear(_linear().bfloat16(), update, rank=2)
     assert {layer.A.dtype, layer.R.dtype, layer.B.dtype} == {torch.bfloat16}
     exact = module.init(update, rank=2)

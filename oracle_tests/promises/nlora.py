@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from loracle.oracle_tests.promises import follows_the_global_generator, promise, refuses
+from loracle.oracle_tests.promises.layers import check_dropout, check_merging, check_no_dropout, check_precise_factors, randn
 
 # The set-up functions that read values, and of which arguments
 FINITE = {
@@ -20,10 +21,6 @@ FINITE = {
     "unmerge": ("W", "A", "N", "B"),
     "fit_core": ("target", "A", "B"),
 }
-
-
-def _randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def _linear(W0, bias=None):
@@ -108,7 +105,7 @@ NAMESPACES = {"SLoRALinear": layer_functions}
 
 @promise("The rank goes from 1 to the smaller side.", of=("init", "init_slora", "landmark_blocks", "num_trainable", "nystrom_approx"))
 def rank_is_in_range(module):
-    W0 = _randn(4, 5)
+    W0 = randn(4, 5)
     for bad in (0, -1, 5, 2.0, True):
         for name in ("init", "init_slora", "landmark_blocks", "num_trainable", "nystrom_approx", "nystrom_from_svd"):
             refuses(getattr(module, name), "rank", W0, rank=bad)
@@ -118,7 +115,7 @@ def rank_is_in_range(module):
 
 @promise("Landmarks are as many different whole numbers within the weight as the rank; anything else is refused by name.", of="_landmarks")
 def landmarks_fit(module):
-    W0 = _randn(4, 6)
+    W0 = randn(4, 6)
     bad = ([0], [0, 1, 2], [1, 1], [0, -1], [[0, 1]], [0.0, 1.0], [True, False], [0j, 1 + 0j])
     for name, outside in (("rows", 4), ("cols", 6)):
         for given in (*bad, [0, outside]):
@@ -135,7 +132,7 @@ def landmarks_fit(module):
     of=("_block_svd", "init", "nystrom_approx", "nystrom_from_svd", "SLoRALinear"),
 )
 def singular_block(module):
-    W0 = _randn(5, 6)
+    W0 = randn(5, 6)
     W0[1, :2] = 2 * W0[0, :2]
     for function in (lambda **options: module.init(W0, core="pinv", **options), lambda **options: module.nystrom_approx(W0, **options)):
         try:
@@ -182,7 +179,7 @@ def cut_off_is_a_share(module):
 
 @promise("The scaling of a correction is finite, that of a best core not zero either.", of=("base_weight", "fit_core", "init"))
 def scaling_is_a_number(module):
-    W0, A, N, B = _randn(4, 5), _randn(2, 5), _randn(2, 2), _randn(4, 2)
+    W0, A, N, B = randn(4, 5), randn(2, 5), randn(2, 2), randn(4, 2)
     for bad in (math.nan, math.inf, -math.inf):
         refuses(module.base_weight, "scaling", W0, A, N, B, bad)
         refuses(module.init, "scaling", W0, bad, rank=2, residual=True)
@@ -200,8 +197,8 @@ def correction_overflows(module):
 
 @promise("No parameter of another shape, precision or method is taken by a step.", of="sgd_step")
 def step_refuses(module):
-    good = {"G": _randn(4, 5), "W_base": _randn(4, 5), "A": _randn(2, 5), "N": _randn(2, 2), "B": _randn(4, 2)}
-    refuses(module.sgd_step, "G", **{**good, "W_base": _randn(3, 5)}, scaling=1.0, lr=0.1)
+    good = {"G": randn(4, 5), "W_base": randn(4, 5), "A": randn(2, 5), "N": randn(2, 2), "B": randn(4, 2)}
+    refuses(module.sgd_step, "G", **{**good, "W_base": randn(3, 5)}, scaling=1.0, lr=0.1)
     refuses(module.sgd_step, "method", **good, scaling=1.0, lr=0.1, method="lora")
 
 
@@ -214,7 +211,7 @@ def factors_are_copies(module):
     some = {"rows": torch.tensor([2, 0]), "cols": torch.tensor([1, 3])}
     for options in ({"rank": 2}, {"rank": 2, **some}, {"rank": 2, "rows": torch.tensor([0, 1])}, {"rank": 4}):
         for start in starts:
-            W0 = _randn(4, 5)
+            W0 = randn(4, 5)
             before = W0.clone()
             for factor in start(W0, **options):
                 assert factor.untyped_storage().data_ptr() != W0.untyped_storage().data_ptr(), "a factor is a view of the weight"
@@ -225,14 +222,14 @@ def factors_are_copies(module):
 
 @promise("Without the correction the frozen weight is the given tensor itself.", of="init")
 def weight_is_kept(module):
-    W0 = _randn(4, 5)
+    W0 = randn(4, 5)
     assert module.init(W0, rank=2).W_base is W0
     assert module.init(W0, rank=2, residual=True).W_base is not W0
 
 
 @promise("Without a generator SLoRA's start is drawn from torch's own, in the dtype of the weight.", of="init_slora")
 def draws_from_the_global_generator(module):
-    W0 = _randn(5, 6)
+    W0 = randn(5, 6)
     for core in ("kaiming", "gaussian"):
         for name in ("A", "N"):
             assert follows_the_global_generator(lambda core=core, name=name: getattr(module.init_slora(W0, rank=3, core=core), name))
@@ -246,7 +243,7 @@ def draws_from_the_global_generator(module):
 )
 def half_precision(module):
     for dtype in (torch.float16, torch.bfloat16):
-        W0 = _randn(6, 7).to(dtype)
+        W0 = randn(6, 7).to(dtype)
         A, N, B = module.landmark_blocks(W0, rank=2)
         wide = module.init(W0.float(), rank=2, core="pinv")
         assert torch.equal(module.init(W0, rank=2, core="pinv").N, wide.N.to(dtype))
@@ -258,7 +255,7 @@ def half_precision(module):
 
 @promise("A mask without a probability drops entries and divides by nothing.", of="forward")
 def probability_is_zero_by_default(module):
-    x, W, A, N, B = (_randn(*shape) for shape in ((7, 3), (4, 3), (2, 3), (2, 2), (4, 2)))
+    x, W, A, N, B = (randn(*shape) for shape in ((7, 3), (4, 3), (2, 3), (2, 2), (4, 2)))
     mask = torch.rand(7, 3) < 0.5
     assert torch.allclose(module.forward(x, W, A, N, B, 2.0, mask=mask), x @ W.T + 2.0 * (x * mask) @ A.T @ N.T @ B.T)
 
@@ -267,13 +264,17 @@ def probability_is_zero_by_default(module):
 
 
 def _layer(module, **options):
-    return module.SLoRALinear(_linear(_randn(4, 5), _randn(4)), **{"rank": 2, "alpha": 3.0, **options})
+    return module.SLoRALinear(_linear(randn(4, 5), randn(4)), **{"rank": 2, "alpha": 3.0, **options})
+
+
+def _update(layer):
+    return layer.scaling * layer.B @ layer.N @ layer.A
 
 
 @promise("The layer is the frozen one plus s B N A, s = alpha / rank.", of="SLoRALinear")
 def layer_computes(module):
     for method in ("nlora", "slora", "inttune"):
-        layer, x = _layer(module, method=method), _randn(3, 5)
+        layer, x = _layer(module, method=method), randn(3, 5)
         nn.init.normal_(layer.B)
         assert layer.scaling == 1.5
         assert torch.allclose(layer(x), layer.base(x) + 1.5 * x @ layer.A.T @ layer.N.T @ layer.B.T)
@@ -283,7 +284,7 @@ def layer_computes(module):
     "Unless told otherwise the layer starts as published: blocks of the weight, no correction; SLoRA with a uniform N.", of="SLoRALinear"
 )
 def layer_starts_as_published(module):
-    W0 = _randn(4, 5)
+    W0 = randn(4, 5)
     for method in ("nlora", "inttune"):
         layer = module.SLoRALinear(_linear(W0), rank=2, alpha=3.0, method=method)
         for got, want in zip((layer.base.weight, layer.A, layer.N, layer.B), (W0, W0[:2], W0[:2, :2], W0[:, :2]), strict=True):
@@ -300,7 +301,7 @@ def layer_starts_as_published(module):
 
 @promise("With the correction the layer starts at what it wraps, with any core, landmarks and alpha.", of="SLoRALinear")
 def layer_with_correction(module):
-    W0, x, rows, cols = _randn(4, 5), _randn(3, 5), torch.tensor([3, 1]), torch.tensor([4, 0])
+    W0, x, rows, cols = randn(4, 5), randn(3, 5), torch.tensor([3, 1]), torch.tensor([4, 0])
     for core in ("block", "pinv"):
         layer = module.SLoRALinear(_linear(W0), rank=2, alpha=3.0, core=core, residual=True, rows=rows, cols=cols, rcond=0.0)
         assert torch.allclose(layer(x), x @ W0.T)
@@ -323,7 +324,7 @@ def what_is_trained(module):
 @promise("A training step changes what is trained and nothing else: the factors are no views of the base weight.", of="SLoRALinear")
 def training_leaves_the_base(module):
     for method in ("nlora", "inttune"):
-        layer, x, target = _layer(module, method=method), _randn(7, 5), _randn(7, 4)
+        layer, x, target = _layer(module, method=method), randn(7, 5), randn(7, 4)
         before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
         nn.functional.mse_loss(layer(x), target).backward()
         torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.1).step()
@@ -333,14 +334,8 @@ def training_leaves_the_base(module):
 
 @promise("Merging and unmerging, each as often as one likes, leave the layer's function as it is.", of="SLoRALinear")
 def merging_keeps_the_function(module):
-    layer, x = _layer(module).eval(), _randn(3, 5)
-    before, weight = layer(x), layer.base.weight.clone()
-    assert not layer.merged
-    for merged in (False, True, True, False, False, True, False):
-        layer.merge() if merged else layer.unmerge()
-        assert torch.allclose(layer(x), before)
-        assert torch.allclose(layer.base.weight, weight + merged * layer.scaling * layer.B @ layer.N @ layer.A)
-        assert not layer.base.weight.requires_grad, "the frozen weight is a part of autograd's graph"
+    layer = _layer(module).eval()
+    check_merging(layer, _update(layer))
 
 
 @promise("The layer refuses an unknown method or core, and a dropout outside of [0, 1).", of="SLoRALinear")
@@ -356,40 +351,17 @@ def layer_refuses(module):
 
 @promise("In training each entry of the adapter's input is dropped with probability p, and the rest divided by 1 - p.", of="SLoRALinear")
 def layer_drops_in_training(module):
-    layer, x = module.SLoRALinear(_linear(_randn(4, 3)), rank=2, alpha=3.0, dropout=0.25), _randn(3)
-    masks = torch.tensor([[i >> k & 1 for k in range(3)] for i in range(8)], dtype=torch.float64)
-    possible = layer.base(x) + layer.scaling * (x * masks / 0.75) @ layer.A.T @ layer.N.T @ layer.B.T
-    with torch.no_grad():
-        drawn = layer.train()(x.expand(4000, 3))
-    which = (drawn[:, None] - possible).abs().amax(dim=-1)
-    assert which.min(dim=1).values.max() < 1e-9, "an output belongs to no mask"
-    # Seven standard errors of the share of 12,000 kept entries
-    kept = masks[which.argmin(dim=1)].mean().item()
-    assert abs(kept - 0.75) < 7 * (0.75 * 0.25 / 12_000) ** 0.5, f"a share of {kept} is kept"
+    layer = module.SLoRALinear(_linear(randn(4, 3)), rank=2, alpha=3.0, dropout=0.25)
+    check_dropout(layer, _update(layer))
 
 
 @promise("Outside training, or with dropout 0, the layer drops nothing and draws nothing.", of="SLoRALinear")
 def layer_draws_nothing_otherwise(module):
     for layer in (_layer(module, dropout=0.5).eval(), _layer(module, dropout=0.0).train()):
-        x = _randn(3, 5)
-        state = torch.get_rng_state()
-        y = layer(x)
-        assert torch.equal(torch.get_rng_state(), state), "the global generator has moved"
-        assert torch.allclose(y, layer.base(x) + layer.scaling * x @ layer.A.T @ layer.N.T @ layer.B.T)
+        check_no_dropout(layer, _update(layer))
 
 
 @promise("Float32 factors beside a bfloat16 weight are used in bfloat16, and trained and merged in float32.", of="SLoRALinear")
 def factors_may_be_more_precise(module):
-    layer, x = module.SLoRALinear(_linear(_randn(4, 3).bfloat16()), rank=2, alpha=3.0), torch.randn(5, 3, dtype=torch.bfloat16)
-    for factor in (layer.A, layer.N, layer.B):
-        factor.data = torch.randn(factor.shape)
-    y, weight = layer(x), layer.base.weight.clone()
-    y.sum().backward()
-    assert y.dtype == torch.bfloat16
-    assert layer.A.grad.dtype == layer.N.grad.dtype == layer.B.grad.dtype == torch.float32
-    change = layer.scaling * layer.B @ layer.N @ layer.A
-    layer.merge()
-    assert torch.equal(layer.base.weight, (weight + change).bfloat16())
-    merged = layer.base.weight.clone()
-    layer.unmerge()
-    assert torch.equal(layer.base.weight, (merged - change).bfloat16())
+    layer = module.SLoRALinear(_linear(randn(4, 3).bfloat16()), rank=2, alpha=3.0)
+    check_precise_factors(layer, "ANB", _update)

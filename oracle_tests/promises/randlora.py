@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loracle.oracle_tests.promises import follows_the_global_generator, promise, refuses
+from loracle.oracle_tests.promises.layers import check_dropout, check_merging, check_no_dropout
 
 # The set-up functions that read values, and of which arguments
 FINITE = {
@@ -472,39 +473,22 @@ def layer_refuses(module):
 
 @promise("In training each entry of the adapter's input is dropped with probability p, and the rest divided by 1 - p.", of="RandLoRALinear")
 def layer_drops_in_training(module):
-    layer, x = _layer(module, _linear(3, 4), dropout=0.25), _randn(3)
-    masks = torch.tensor([[i >> k & 1 for k in range(3)] for i in range(8)], dtype=torch.float64)
-    possible = layer.base(x) + (x * masks / 0.75) @ _update(layer).T
-    with torch.no_grad():
-        drawn = layer.train()(x.expand(4000, 3))
-    which = (drawn[:, None] - possible).abs().amax(dim=-1)
-    assert which.min(dim=1).values.max() < 1e-9, "an output belongs to no mask"
-    # Seven standard errors of the share of 12,000 kept entries
-    kept = masks[which.argmin(dim=1)].mean().item()
-    assert abs(kept - 0.75) < 7 * (0.75 * 0.25 / 12_000) ** 0.5, f"a share of {kept} is kept"
+    layer = _layer(module, _linear(3, 4), dropout=0.25)
+    check_dropout(layer, _update(layer))
 
 
 @promise("Outside training, or with dropout 0, the layer drops nothing and draws nothing.", of="RandLoRALinear")
 def layer_draws_nothing_otherwise(module):
     assert _layer(module).dropout == 0
     for layer in (_layer(module, dropout=0.5).eval(), _layer(module, dropout=0.0).train()):
-        x, state = _randn(6, 5), torch.get_rng_state()
-        state = torch.get_rng_state()
-        y = layer(x)
-        assert torch.equal(torch.get_rng_state(), state), "the global generator has moved"
-        assert torch.allclose(y, layer.base(x) + x @ _update(layer).T)
+        check_no_dropout(layer, _update(layer))
 
 
 @promise("Merging and unmerging, each as often as one likes, leave the layer's function as it is.", of="RandLoRALinear")
 def merging_keeps_the_function(module):
     layer, x = _layer(module).eval(), _randn(6, 5)
-    before, weight, update = layer(x), layer.base.weight.clone(), _update(layer)
-    for merged in (False, True, True, False, False, True, False):
-        layer.merge() if merged else layer.unmerge()
-        assert layer.merged == merged
-        assert torch.allclose(layer(x), before)
-        assert torch.allclose(layer.base.weight, weight + merged * update)
-        assert not layer.base.weight.requires_grad, "the frozen weight is a part of autograd's graph"
+    before = layer(x)
+    check_merging(layer, _update(layer))
     layer.merge()
     with torch.no_grad():
         layer.gammas.zero_()
