@@ -495,6 +495,26 @@ def merging_keeps_the_function(module):
     assert torch.allclose(layer(x), before), "a merged layer adds its update once more"
 
 
+@promise("Between forward and backward nothing of the size of the scaled base A~ is kept.", of=("forward", "_ThroughBase"))
+def scaled_base_is_not_kept(module):
+    for wide in (False, True):
+        large, small, bases, rank = 40, 30, 6, 5
+        W0 = _randn(small, large) if wide else _randn(large, small)
+        gammas, lambdas = _randn(bases, small).requires_grad_(), _randn(bases, rank).requires_grad_()
+        A, B, kept = _randn(rank, small), _randn(large, bases, rank), []
+        own = {t.untyped_storage().data_ptr() for t in (W0, gammas, A, lambdas, B)}
+
+        def pack(tensor, own=own, kept=kept):
+            if tensor.untyped_storage().data_ptr() not in own:
+                kept.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = module.forward(_randn(3, W0.shape[1]), W0, gammas, A, lambdas, B, 0.7)
+        assert y.requires_grad
+        assert max(kept) < bases * rank * small, f"a tensor of {max(kept)} numbers is kept; A~ has {bases * rank * small}"
+
+
 @promise("A fit needs a scaling that is positive and finite.", of=("fit_gammas", "fit_lambdas"))
 def fits_need_a_scaling(module):
     W0, gammas, lambdas = _randn(6, 4), _randn(2, 4), _randn(2, 2)
