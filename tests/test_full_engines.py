@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ pytest.importorskip("peft")
 from safetensors.torch import load_file
 
 from loracle.toy_tasks import methods
+from loracle.toy_tasks.full_scale import training
 
 # Sums of a few hundred float64 terms in another order differ by about 1e-15 of their size. Adam divides by the root of a
 # squared gradient, which enlarges that where the gradient is small. What is measured is 5e-16; what is trained moves by 1e-9
@@ -48,15 +50,18 @@ def cases():
     return found
 
 
-def start(ranks, engines, out):
-    """The processes, all at once."""
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def start(ranks, engines, out):
+    """The processes, all at once."""
     command = [sys.executable, Path(__file__).with_name("full_ranks.py"), out, *engines]
     own = {**os.environ, "OMP_NUM_THREADS": "1"}
     if ranks > 1:
-        own |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+        own |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     by_rank = [own | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else own for rank in range(ranks)]
     return [subprocess.Popen(command, env=environment, **pipes) for environment in by_rank]
@@ -139,3 +144,27 @@ def test_two_ranks_go_on_from_a_checkpoint(folder, kind, method):
     assert any(name.endswith("base.weight") for name in unbroken) == (method == "lora_pro")
     for name, value in unbroken.items():
         assert torch.equal(resumed[name], value), name
+
+
+def test_the_command_under_accelerate_launch(tiny_llama, tmp_path):
+    """As a user starts several processes. (Without a GPU, `--cpu --num_processes 2` would start one process only.)"""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--num_processes=2"]
+    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_ip=127.0.0.1", f"--main_process_port={free_port()}"]
+    command = ["-m", "loracle.toy_tasks.full_scale", "lora", "--cpu", "--engine=fsdp", "--steps=2", f"--out={tmp_path / 'out'}"]
+    command += [f"--model={tiny_llama}", f"--data={tiny_llama.parent / 'data.jsonl'}", "--fields=response"]
+    for setting in ("precision=float32", "batch_size=4", "rank=2", "lr=1e-2", "sequence_length=40"):
+        command += ["--set", setting]
+    own = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen([*launch, *command], env=own, start_new_session=True, **pipes) as process:
+        try:
+            said, _ = process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the launcher and what it has started
+            raise
+    assert process.returncode == 0, said
+    report = json.loads((tmp_path / "out" / training.REPORT).read_text())
+    assert (report["ranks"], report["run"]["engine"], report["steps"]) == (2, "fsdp", 2)
+    assert report["loss_after"] < report["loss_before"]
+    assert [line["step"] for line in training.read_log(tmp_path / "out")] == [0, 1, 2]
+    assert said.count("report.json") == 1  # one process speaks
