@@ -109,6 +109,7 @@ def train_until(last, run, folder):
             raise StoppedError
 
     checkpoints.write = write_and_stop
+    training.check_memory = lambda *given: None  # which costs as much as the steps
     try:
         training.train(run, folder, save_every=2, cpu=True)
     except StoppedError:

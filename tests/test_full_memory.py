@@ -49,7 +49,8 @@ def shape_of(name):
 def measured():
     """Peaks of processes of their own, one for each case, in bytes."""
     program = (
-        f"import json, sys; sys.path.append({os.path.dirname(__file__)!r}); from test_full_memory import CASES, make_run, shape_of; "
+        "import json, sys, torch._dynamo; "
+        f"sys.path.append({os.path.dirname(__file__)!r}); from test_full_memory import CASES, make_run, shape_of; "
         "from loracle.toy_tasks.full_scale import bench; "
         "print(json.dumps([bench.peak_alone(make_run(name), shape_of(name), steps=2) for name in CASES]))"
     )
