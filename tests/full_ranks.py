@@ -1,5 +1,7 @@
-"""Run by test_full_engines.py, in one process or two: `full_ranks.py OUT ENGINE...` trains a tiny model in every case."""
+"""Run by test_full_engines.py, in one process or two: `full_ranks.py OUT ENGINE...` trains a tiny model in every case, and
+stops runs and goes on with them where there are two."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,18 +9,35 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loracle.toy_tasks.full_scale import training
+from loracle.toy_tasks.full_scale import checkpoints, training
 from loracle.toy_tasks.full_scale.engine import Engine, gathered
 from loracle.toy_tasks.full_scale.settings import resolve
 
 out, engines = Path(sys.argv[1]), sys.argv[2:]
 rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 STEPS = 3
-CASES = json.loads((out / "cases.json").read_text())  # name -> keywords of `resolve`, and "decay"
+CASES = json.loads((out / "cases.json").read_text())  # name -> keywords of `resolve`
+RESUMED = json.loads((out / "resumed.json").read_text())  # the same
+
+
+class Collectives(TorchDispatchMode):
+    """What the processes exchange: for every call its name, and how many numbers its result has."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
+            self.calls.append((func._schema.name.removeprefix("c10d::"), first.numel() if isinstance(first, torch.Tensor) else 0))
+        return func(*args, **kwargs or {})
 
 
 class Tokenizer:
@@ -62,16 +81,54 @@ def final_weights(kind, name, case):
     scheduler = training.make_schedule(run, optimizer, STEPS)
     before = {key: gathered(value).detach().clone() for key, value in prepared.method.trained(prepared.model).items()}
     losses = []
-    training.fit(
-        run, engine, prepared, rows(), steps=STEPS, model=model, optimizer=optimizer, scheduler=scheduler,
-        after_step=lambda step, loss, count: losses.append(loss),
-    )  # fmt: skip
+    with Collectives() if case.get("counted") else contextlib.nullcontext() as exchanged:
+        training.fit(
+            run, engine, prepared, rows(), steps=STEPS, model=model, optimizer=optimizer, scheduler=scheduler,
+            after_step=lambda step, loss, count: losses.append(loss),
+        )  # fmt: skip
+    if exchanged and rank == 0:
+        (out / f"{kind}-{name}-calls.json").write_text(json.dumps(exchanged.calls))
     weights = {key: gathered(value).detach() for key, value in training.tensors_of(prepared.model).items()}
     moved = torch.stack([(weights[key] - value).abs().max() for key, value in before.items()])
     return weights | {"losses": torch.tensor(losses, dtype=torch.float64), "moved": moved}
 
 
+class StoppedError(Exception):
+    pass
+
+
+def train_until(last, run, folder):
+    """A run that is stopped in every rank once the checkpoint of step `last` is there; the steps of the checkpoints it wrote."""
+    write, written = checkpoints.write, []
+
+    def write_and_stop(out, step, *rest, **named):
+        write(out, step, *rest, **named)
+        written.append(step)
+        if step == last:
+            dist.barrier()
+            raise StoppedError
+
+    checkpoints.write = write_and_stop
+    training.check_memory = lambda *given: None  # which costs as much as the steps
+    try:
+        training.train(run, folder, save_every=2, cpu=True)
+    except StoppedError:
+        return written
+    finally:
+        checkpoints.write = write
+    raise AssertionError("the run was not stopped")
+
+
+def resume(kind, name, case):
+    run = resolve("lora", engine=kind, steps=4, **case["how"])
+    assert train_until(4, run, out / f"{kind}-{name}-unbroken") == [2, 4]
+    assert train_until(2, run, out / f"{kind}-{name}-resumed") == [2]
+    assert train_until(4, run, out / f"{kind}-{name}-resumed") == [4]
+
+
 for kind in engines:
+    for name, case in RESUMED.items() if ranks > 1 else ():
+        resume(kind, name, case)
     for name, case in CASES.items():
         found = final_weights(kind, name, case)
         # Gathering is over, so that a rank may be alone from here on

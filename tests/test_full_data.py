@@ -157,6 +157,62 @@ def test_generation_does_not_depend_on_what_stands_beside_it(tiny):
     assert both == [evaluation.generate(*tiny, [prompt], max_new_tokens=6)[0] for prompt in prompts]
 
 
+@pytest.fixture(scope="module")
+def learnt(tiny_llama, tmp_path_factory):
+    """A folder with a model that has learnt a few sums by heart, with questions of uneven length, and those examples."""
+    model, tokenizer = training.load_model(str(tiny_llama), torch.float32)
+    examples = [example | {"instruction": "and " * i + example["instruction"]} for i, example in enumerate(SUMS)]
+    batch = collate(tokenise(examples, tokenizer, fields=("instruction", "response"), template=measuring.TEMPLATE, length=64), 0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(80):
+        optimizer.zero_grad()
+        model(**batch, use_cache=False).loss.backward()
+        optimizer.step()
+    folder = tmp_path_factory.mktemp("learnt")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder, examples
+
+
+SUMS = [{"instruction": f"{a} + 5 = ?", "response": f"{a} and 5 make {a + 5}{' make' * a}. #### {a + 5}"} for a in range(5)]
+
+
+def test_generation_takes_the_likeliest_token_each_time(learnt):
+    """Of each prompt alone, without padding, cache or mask; some texts end by themselves and some are cut off."""
+    model, tokenizer = training.load_model(str(learnt[0]), torch.float64)
+    prompts = [measuring.TEMPLATE.replace("{instruction}", example["instruction"]) for example in learnt[1][::2]]
+    prompts += ["5", "Q: 1 + 2 = ?", "1 + 2 + 3 + 4 + 5, 6 and 7 make what? " * 2]
+    most, expected, ended = 10, [], 0
+    for prompt in prompts:
+        ids = tokenizer(prompt).input_ids
+        begin = len(ids)
+        while len(ids) < begin + most and ids[-1] != tokenizer.eos_token_id:
+            with torch.no_grad():
+                ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        ended += ids[-1] == tokenizer.eos_token_id
+        expected.append(tokenizer.decode(ids[begin:], skip_special_tokens=True))
+    assert 0 < ended < len(prompts)
+    assert len({len(tokenizer(prompt).input_ids) for prompt in prompts}) > 3
+    assert len(set(expected)) == len(prompts)
+    assert evaluation.generate(model, tokenizer, prompts, max_new_tokens=most) == expected
+    assert tokenizer.padding_side == "right"
+
+
+def test_the_command_counts_what_a_model_has_learnt(learnt, tmp_path):
+    folder, examples = learnt
+    wrong = [examples[i] | {"response": "#### 99"} for i in (0, 3)]
+    data, out = tmp_path / "sums.jsonl", tmp_path / "numbers.json"
+    data.write_text("".join(json.dumps(example) + "\n" for example in [*wrong, *examples, *examples]))
+    words = ["full", "eval", str(folder), "--data", str(data), "--kind", "exact_match", "--length", "24", "--out", str(out)]
+    found = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert found.exit_code == 0, found.output
+    assert "83.3 % (10 of 12)" in found.output
+    answers = json.loads(out.read_text())["answers"]
+    assert [answer["found"] for answer in answers] == ["5", "8", *[str(a + 5) for a in range(5)] * 2]
+    assert [answer["needed"] for answer in answers[:2]] == ["99", "99"]
+    assert answers[0]["text"] == "0 and 5 make 5. #### 5"
+
+
 def test_the_command_measures_a_model(tiny_llama, tmp_path):
     def invoke(*words):
         return CliRunner().invoke(app, ["full", "eval", str(tiny_llama), "--data", *words], catch_exceptions=False)

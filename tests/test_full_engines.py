@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ pytest.importorskip("peft")
 from safetensors.torch import load_file
 
 from loracle.toy_tasks import methods
+from loracle.toy_tasks.full_scale import training
 
 # Sums of a few hundred float64 terms in another order differ by about 1e-15 of their size. Adam divides by the root of a
 # squared gradient, which enlarges that where the gradient is small. What is measured is 5e-16; what is trained moves by 1e-9
@@ -24,43 +26,69 @@ TOLERANCE = 1e-12
 SETTINGS = ["precision=float64", "batch_size=8", "rank=2", "alpha=4", "dropout=0", "schedule=constant_with_warmup", "warmup_ratio=0"]
 
 
+COUNTED = [("lora", "sgd"), ("full", "sgd")]
+STEPS, BLOCKS = 3, 2  # of full_ranks.py
+RESUMED = {
+    "lora": {"gradient_checkpointing": True, "overrides": ["dropout=0.1"]},
+    "lora_pro": {"overrides": ["weight_decay=0.1"]},
+    "randlora": {"overrides": []},
+    "full": {"overrides": ["weight_decay=0.1"]},
+}
+
+
 def cases():
     """Every method with SGD and with AdamW (or its own optimizer); one with accumulation, one with checkpointing."""
     found = {}
     for method in methods.names():
         for optimizer, lr in (("sgd", 1e1), ("adamw", 1e-2)):
             overrides = [*SETTINGS, f"optimizer={optimizer}", f"lr={lr}"]
-            found[f"{method}-{optimizer}"] = {"how": {"method": method, "overrides": overrides, "micro_batch": 2}}
+            how = {"method": method, "overrides": overrides, "micro_batch": 2}
+            found[f"{method}-{optimizer}"] = {"how": how, "counted": (method, optimizer) in COUNTED}
     decay = [*SETTINGS, "optimizer=adamw", "lr=1e-2", "weight_decay=0.1"]
     found["lora_pro-decay"] = {"how": {"method": "lora_pro", "overrides": decay, "micro_batch": 4}}
     found["lora-checkpointing"] = {"how": {"method": "lora", "overrides": decay, "micro_batch": 4, "gradient_checkpointing": True}}
     return found
 
 
-def start(ranks, engines, out):
-    """The processes, all at once."""
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def start(ranks, engines, out):
+    """The processes, all at once."""
     command = [sys.executable, Path(__file__).with_name("full_ranks.py"), out, *engines]
     own = {**os.environ, "OMP_NUM_THREADS": "1"}
     if ranks > 1:
-        own |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+        own |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     by_rank = [own | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else own for rank in range(ranks)]
     return [subprocess.Popen(command, env=environment, **pipes) for environment in by_rank]
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """`weights(kind, case, rank)` after three steps: one process alone, two with DDP, two sharded."""
+def folder(tmp_path_factory, tiny_llama):
+    """What full_ranks.py leaves: one process alone, two with DDP, two sharded."""
     out = tmp_path_factory.mktemp("ranks")
     (out / "cases.json").write_text(json.dumps(cases()))
+    sizes = ["precision=float32", "batch_size=4", "rank=2", "alpha=4", "lr=1e-2", "sequence_length=40"]
+    given = {"model": str(tiny_llama), "data": str(tiny_llama.parent / "data.jsonl"), "micro_batch": 1}
+    resumed = {method: {"how": {"method": method, **given, **how}} for method, how in RESUMED.items()}
+    for case in resumed.values():
+        case["how"]["overrides"] = [*sizes, *case["how"]["overrides"]]
+    (out / "resumed.json").write_text(json.dumps(resumed))
     for processes in (start(1, ["single"], out), start(2, ["ddp", "fsdp"], out)):
         said = [process.communicate(timeout=300)[0] for process in processes]
         assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(said)
+    return out
+
+
+@pytest.fixture(scope="module")
+def weights(folder):
+    """`weights(kind, case, rank)` after three steps."""
     counts = {"single": 1, "ddp": 2, "fsdp": 2}
-    return lambda kind, case, rank=0: load_file(out / f"{kind}-{case}-{counts[kind]}-{rank}.safetensors")
+    return lambda kind, case, rank=0: load_file(folder / f"{kind}-{case}-{counts[kind]}-{rank}.safetensors")
 
 
 @pytest.mark.parametrize("case", cases())
@@ -77,3 +105,66 @@ def test_two_ranks_give_the_weights_of_one(weights, kind, case):
 @pytest.mark.parametrize("case", cases())
 def test_training_moved_every_weight(weights, case):
     assert weights("single", case)["moved"].min() > 1e3 * TOLERANCE
+
+
+def calls(folder, kind, case):
+    """How many numbers each exchange of a kind brought, by kind, in the order of the calls."""
+    found = {}
+    for name, size in json.loads((folder / f"{kind}-{case}-calls.json").read_text()):
+        found.setdefault(name, []).append(size)
+    return found
+
+
+@pytest.mark.parametrize("counted", COUNTED)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_gradients_are_averaged_once_per_step(folder, kind, counted):
+    """With two micro-batches a step: the count of tokens, the gradients, and the loss. Sharded weights have theirs averaged by block."""
+    found = calls(folder, kind, "-".join(counted))
+    by_block = (kind, counted[0]) == ("fsdp", "full")
+    assert len(found["allreduce_"]) == STEPS * (2 if by_block else 3)
+    assert len(found.get("_reduce_scatter_base_", ())) == (STEPS * BLOCKS if by_block else 0)
+
+
+def test_one_block_at_a_time_is_whole(folder):
+    hidden, intermediate, vocabulary = 16, 24, 40
+    block, rest = 4 * hidden**2 + 3 * hidden * intermediate + 2 * hidden, 2 * vocabulary * hidden + hidden
+    for method, optimizer in COUNTED:
+        assert set(calls(folder, "fsdp", f"{method}-{optimizer}")["_allgather_base_"]) == {block, rest}
+
+
+@pytest.mark.parametrize("method", RESUMED)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_ranks_go_on_from_a_checkpoint(folder, kind, method):
+    """The same bits in weights and moments as in the run that was not stopped."""
+    unbroken, resumed = (
+        load_file(folder / f"{kind}-{method}-{how}" / "checkpoint-000004/state.safetensors") for how in ("unbroken", "resumed")
+    )
+    assert unbroken.keys() == resumed.keys()
+    assert any(name.startswith("optimizer.") for name in unbroken)
+    assert any(name.endswith("base.weight") for name in unbroken) == (method == "lora_pro")
+    for name, value in unbroken.items():
+        assert torch.equal(resumed[name], value), name
+
+
+def test_the_command_under_accelerate_launch(tiny_llama, tmp_path):
+    """As a user starts several processes. (Without a GPU, `--cpu --num_processes 2` would start one process only.)"""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--num_processes=2"]
+    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_ip=127.0.0.1", f"--main_process_port={free_port()}"]
+    command = ["-m", "loracle.toy_tasks.full_scale", "lora", "--cpu", "--engine=fsdp", "--steps=2", f"--out={tmp_path / 'out'}"]
+    command += [f"--model={tiny_llama}", f"--data={tiny_llama.parent / 'data.jsonl'}", "--fields=response"]
+    for setting in ("precision=float32", "batch_size=4", "rank=2", "lr=1e-2", "sequence_length=40"):
+        command += ["--set", setting]
+    own = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen([*launch, *command], env=own, start_new_session=True, **pipes) as process:
+        try:
+            said, _ = process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the launcher and what it has started
+            raise
+    assert process.returncode == 0, said
+    report = json.loads((tmp_path / "out" / training.REPORT).read_text())
+    assert (report["ranks"], report["run"]["engine"], report["steps"]) == (2, "fsdp", 2)
+    assert report["loss_after"] < report["loss_before"]
+    assert [line["step"] for line in training.read_log(tmp_path / "out")] == [0, 1, 2]
+    assert said.count("report.json") == 1  # one process speaks
