@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from ..toy_tasks.config import FullScale
     from ..toy_tasks.full_scale.settings import Run
     from ..toy_tasks.full_scale.training import Outcome
 
@@ -103,10 +104,10 @@ def run(
         str | None, typer.Option(help="The data's fields, as `instruction,response` or `text`.", show_default="found by name")
     ] = None,
     template: Annotated[str | None, typer.Option(help="The prompt, with {instruction} in it.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Only the first so many examples.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Only the first so many examples.", show_default="the config's for its data")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="by the config's epochs")] = None,
     micro_batch: MicroBatch = None,
-    seed: Annotated[int, typer.Option(help="Of the data's order, the factors and dropout.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the data's order, the factors and dropout; a run has one.")] = 0,
     packing: Annotated[bool, typer.Option("--packing", help="Several examples in one row; they do not see each other.")] = False,
     checkpointing: Checkpointing = False,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the model.")] = False,
@@ -130,7 +131,7 @@ def run(
       accelerate launch --num_processes 2 -m loracle.toy_tasks.full_scale lora_ga --model paper --engine fsdp
     """
     with _exit_codes():
-        from ..toy_tasks.full_scale.settings import resolve
+        from ..toy_tasks.full_scale.settings import read, resolve
 
         _check_numbers(samples=samples, steps=steps, micro_batch=micro_batch, save_every=save_every)
         decided = resolve(
@@ -166,6 +167,8 @@ def run(
             raise typer.Exit(INTERRUPTED) from None
         if first:
             _print_outcome(outcome)
+            if not {"model", "data"} & set(decided.changed):
+                _print_aims(read(source)[0])
             console.print(f"\nreport:  {folder / 'report.json'}\nfigure:  {folder / 'figure.svg'}", soft_wrap=True, highlight=False)
 
 
@@ -203,7 +206,7 @@ def plan(
       loracle full plan randlora --model any --shape 2048,8192,16,32,128256 --memory 24 --devices 4 --engine fsdp
     """
     with _exit_codes():
-        from ..toy_tasks.full_scale.settings import resolve
+        from ..toy_tasks.full_scale.settings import read, resolve
 
         _check_numbers(devices=devices, micro_batch=micro_batch)
         sizes = _shape(shape)
@@ -211,7 +214,7 @@ def plan(
             source,
             method=method,
             model=model or ("shape" if sizes else None),
-            data="none" if sizes else None,
+            data="none",  # a plan needs none
             overrides=settings or (),
             micro_batch=micro_batch,
             gradient_checkpointing=checkpointing,
@@ -241,6 +244,8 @@ def plan(
                 table.add_row(name, format_bytes(size))
         table.add_row("[bold]peak[/bold]", f"[bold]{format_bytes(found.total)}[/bold]")
         console.print(table)
+        if "model" not in decided.changed:
+            _print_aims(read(source)[0])
         if planning.fits(found, available, cpu=on_cpu):
             console.print(f"It fits into {format_bytes(available)}.", highlight=False)
             return
@@ -333,13 +338,17 @@ def _no_progress() -> Iterator[Callable[[str, float, str], None]]:
 
 def _print_run(run: Run, source: str) -> None:
     """What is about to run, and which of its settings are not the paper's."""
-    console.print(f"[bold]{run.method}[/bold] on {run.model}, data {run.data}", highlight=False)
+    console.print(f"[bold]{run.method}[/bold] on {run.model}, data {run.data}{_samples(run)}", highlight=False)
     for heading, keys in (("not as in the config", run.changed), ("unknown in the source, ours here", run.assumed)):
-        values = [f"{key}={getattr(run, key)}" for key in keys if hasattr(run, key)]
+        values = [f"{key}={getattr(run, key) or 'all' if key == 'samples' else getattr(run, key)}" for key in keys]
         if values:
             console.print(f"{heading}: {', '.join(values)}", soft_wrap=True, highlight=False)
     if run.model == "small":
         console.print(f"The small model shows that all works, not what the paper measured; --model paper takes what {source} names.")
+
+
+def _samples(run: Run) -> str:
+    return f", its first {run.samples:,} samples" if run.samples else ""
 
 
 def _print_outcome(outcome: Outcome) -> None:
@@ -360,6 +369,18 @@ def _print_outcome(outcome: Outcome) -> None:
     )
     for written in outcome.texts:
         console.print(f"\n[dim]prompt:[/dim] {_plain(written['prompt'].strip())}\n{_plain(written['text'])}", highlight=False)
+
+
+def _print_aims(full: FullScale) -> None:
+    """The paper's figures, to be compared with what `eval` measures."""
+    if not full.aims:
+        return
+    seeds = {"unknown": "how many seeds is unknown", 1: "one seed"}.get(full.seeds, f"means over {full.seeds} seeds")
+    table = Table("benchmark", "method", title=f"\nThe paper's figures ({seeds}); `loracle full eval` measures yours", title_justify="left")
+    table.add_column("value", justify="right")
+    for aim in full.aims:
+        table.add_row(aim.benchmark, aim.method, f"{aim.value:g}{' (from memory)' if aim.from_memory else ''}")
+    console.print(table)
 
 
 def _plain(text: str) -> str:

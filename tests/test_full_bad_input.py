@@ -45,7 +45,10 @@ def test_wrong_names(attempt, tmp_path):
     for words, said in [
         (("lroa",), "did you mean 'lora'"),
         (("lora", "--method", "peft"), "did you mean 'peft_lora'"),
-        (("lora", "--set", "lerning_rate=1"), "--set lerning_rate: [full] has no such key"),
+        (("lora", "--set", "lerning_rate=1"), "--set lerning_rate: a run takes no such key of [full]"),
+        (("lora", "--set", "seeds=3"), "a run has one, --seed"),
+        (("lora", "--set", "data=my.jsonl"), "use --data"),
+        (("lora", "--set", "source=mine"), "a run takes no such key"),
         (("lora", "--set", "rank=a"), "rank is 'a'; needed a whole number"),
         (("lora", "--set", "rank=0"), "rank is 0; needed a positive number"),
         (("lora", "--set", "precision=fp16"), "float16 would need gradient scaling"),
