@@ -16,6 +16,7 @@ pytest.importorskip("peft")
 from safetensors.torch import load_file
 
 from loracle.toy_tasks import methods
+from loracle.toy_tasks.full_scale.checkpoints import START
 
 # Sums of a few hundred float64 terms in another order differ by about 1e-15 of their size. Adam divides by the root of a
 # squared gradient, which enlarges that where the gradient is small. What is measured is 5e-16; what is trained moves by 1e-9
@@ -31,6 +32,10 @@ def cases():
         for optimizer, lr in (("sgd", 1e1), ("adamw", 1e-2)):
             overrides = [*SETTINGS, f"optimizer={optimizer}", f"lr={lr}"]
             found[f"{method}-{optimizer}"] = {"how": {"method": method, "overrides": overrides, "micro_batch": 2}}
+    # A micro-batch that is each rank's share: their starts have to agree bit for bit even so
+    for method in ("lora_ga", "lora_sb"):
+        overrides = [*SETTINGS, "optimizer=sgd", "lr=1e1"]
+        found[f"{method}-share"] = {"how": {"method": method, "overrides": overrides}}
     decay = [*SETTINGS, "optimizer=adamw", "lr=1e-2", "weight_decay=0.1"]
     found["lora_pro-decay"] = {"how": {"method": "lora_pro", "overrides": decay, "micro_batch": 4}}
     found["lora-checkpointing"] = {"how": {"method": "lora", "overrides": decay, "micro_batch": 4, "gradient_checkpointing": True}}
@@ -53,14 +58,18 @@ def start(ranks, engines, out):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """`weights(kind, case, rank)` after three steps: one process alone, two with DDP, two sharded."""
+    """`weights(kind, case, rank)` after three steps, or at the `start`: one process alone, two with DDP, two sharded."""
     out = tmp_path_factory.mktemp("ranks")
     (out / "cases.json").write_text(json.dumps(cases()))
     for processes in (start(1, ["single"], out), start(2, ["ddp", "fsdp"], out)):
         said = [process.communicate(timeout=300)[0] for process in processes]
         assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(said)
     counts = {"single": 1, "ddp": 2, "fsdp": 2}
-    return lambda kind, case, rank=0: load_file(out / f"{kind}-{case}-{counts[kind]}-{rank}.safetensors")
+
+    def load(kind, case, rank=0, start=False):
+        return load_file(out / f"{kind}-{case}" / START if start else out / f"{kind}-{case}-{counts[kind]}-{rank}.safetensors")
+
+    return load
 
 
 @pytest.mark.parametrize("case", cases())
@@ -72,6 +81,15 @@ def test_two_ranks_give_the_weights_of_one(weights, kind, case):
         torch.testing.assert_close(first[name], value, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
         if name != "losses":
             assert torch.equal(first[name], second[name]), f"{name} differs between the ranks"
+
+
+@pytest.mark.parametrize("case", ["lora_ga-share", "lora_sb-share"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_the_start_is_the_same_bits_for_any_number_of_ranks(weights, kind, case):
+    alone, two = weights("single", case, start=True), weights(kind, case, start=True)
+    assert alone.keys() == two.keys()
+    for name, value in alone.items():
+        assert torch.equal(two[name], value), name
 
 
 @pytest.mark.parametrize("case", cases())

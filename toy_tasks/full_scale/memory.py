@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import UsageError
 from .engine import blocks
-from .settings import SMALL, Run
+from .settings import ROWS_OF_ESTIMATE, SMALL, Run
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -141,7 +141,8 @@ def estimate(run: Run, config: Any, *, ranks: int = 1) -> Plan:
     if hasattr(method, "gradient_samples"):
         # All weights are whole then, on every device, and the sums of their gradients too
         adapted = sum(out * inn for out, inn in shapes)
-        setup = width * adapted + size * max(out * inn for out, inn in shapes) + activation_bytes(run, config, rows, full=True, plain=True)
+        setup = width * adapted + size * max(out * inn for out, inn in shapes)
+        setup += activation_bytes(run, config, ROWS_OF_ESTIMATE, full=True, plain=True)
         setup += size * (base - base // sharded)
     return Plan(
         weights=size * base // sharded,

@@ -37,7 +37,11 @@ INSTEAD = {
 DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32", "fp32": "float32", "float64": "float64"}
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 ENGINES = ("auto", "single", "ddp", "fsdp")
-# These change how a run is computed and not what: a run may be resumed with others
+# Rows that the gradients before training are estimated from at once. Sums of other groups are rounded otherwise, and a start
+# from their singular vectors may then have other signs: so it depends on neither micro_batch nor the number of processes.
+ROWS_OF_ESTIMATE = 1
+# These change how a run is computed and not what, up to the rounding of sums: a run may be resumed with others. One exception:
+# each micro-batch of each process draws its own dropout.
 HOW = ("engine", "micro_batch", "compile", "gradient_checkpointing", "changed", "assumed")
 
 Engine = Literal["auto", "single", "ddp", "fsdp"]

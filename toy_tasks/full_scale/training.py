@@ -21,7 +21,7 @@ from .data import Order, Row, Split, collate, find_fields, load, pack, read_exam
 from .engine import Engine
 from .evaluation import count_tokens, generate, mean_loss, perplexity, token_losses
 from .memory import advise, device_memory, estimate, fits, known_config, peak_memory, reset_peak_memory
-from .settings import SMALL, Run, differences
+from .settings import ROWS_OF_ESTIMATE, SMALL, Run, differences
 
 SMALL_FOLDER = Path("runs/small-llama")  # the small model, once it is built
 LOG, REPORT = "log.jsonl", "report.json"
@@ -185,7 +185,7 @@ def stand_in_gradients(model: nn.Module) -> Callable[[int], Mapping[str, Tensor]
 
 
 def estimate_gradients(
-    run: Run, model: nn.Module, rows: list[Row], padding: int, *, ranks: int = 1, report: Report = silent
+    run: Run, model: nn.Module, rows: list[Row], padding: int, *, report: Report = silent
 ) -> Callable[[int], Mapping[str, Tensor]]:
     """The gradient of the mean loss of a few drawn rows in each adapted layer's weight, as methods ask for it.
 
@@ -214,7 +214,7 @@ def estimate_gradients(
 
             hooks.append(layer.weight.register_post_accumulate_grad_hook(take))
         count = sum(count_tokens(collate([rows[i]], padding)["labels"]) for i in chosen)
-        size, device = run.rows_at_once(ranks), next(model.parameters()).device
+        size, device = ROWS_OF_ESTIMATE, next(model.parameters()).device
         for start in range(0, len(chosen), size):
             batch = {key: value.to(device) for key, value in collate([rows[i] for i in chosen[start : start + size]], padding).items()}
             labels = batch.pop("labels")
@@ -238,7 +238,7 @@ def prepare(
     start_file = out / checkpoints.START
     model.to(engine.device)
     if engine.is_main and not resuming:
-        gradients = estimate_gradients(run, model, rows, tokenizer.pad_token_id, ranks=engine.ranks, report=report)
+        gradients = estimate_gradients(run, model, rows, tokenizer.pad_token_id, report=report)
     else:
         gradients = stand_in_gradients(model)
     method, added, touched = attach(run, model, gradients)
