@@ -128,7 +128,11 @@ def run(
       loracle full run lora --method peft_lora
       loracle full run lora_ga --model paper --micro-batch 4 --checkpointing
       loracle full run lora --model ./my-llama --data my.jsonl --fields question,answer --set rank=16
-      accelerate launch --num_processes 2 -m loracle.toy_tasks.full_scale lora_ga --model paper --engine fsdp
+      accelerate launch --multi_gpu --num_processes 2 -m loracle.toy_tasks.full_scale lora_ga --model paper --engine fsdp
+      accelerate launch --multi_gpu --num_processes 2 -m loracle.toy_tasks.full_scale lora --cpu
+
+    \b
+    Without --multi_gpu accelerate starts one process where it finds no more than one GPU.
     """
     with _exit_codes():
         from ..toy_tasks.full_scale.settings import read, resolve

@@ -1,9 +1,12 @@
 """What goes wrong in a full-scale run says what came, what was needed and what to do, and damages nothing."""
 
 import json
+import os
 import re
 import resource
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ pytest.importorskip("peft")
 
 from loracle.cli import app
 from loracle.toy_tasks.config import CONFIGS, ToyError, UsageError
-from loracle.toy_tasks.full_scale import checkpoints, training
+from loracle.toy_tasks.full_scale import checkpoints, engine, training
 from loracle.toy_tasks.full_scale.settings import resolve
 
 SETTINGS = ["precision=float32", "batch_size=4", "rank=2", "alpha=4", "lr=1e-2", "sequence_length=40", "dropout=0", "weight_decay=0"]
@@ -55,7 +58,7 @@ def test_wrong_names(attempt, tmp_path):
         (("lora", "--set", "optimizer=adam"), "optimizer is 'adam'; needed one of adamw, sgd"),
         (("lora", "--set", "schedule=cosines"), "did you mean 'cosine'"),
         (("lora", "--set", "options={gama=1}"), "lora has no option 'gama'"),
-        (("lora", "--engine", "fsdp"), "there are 1 process(es)"),
+        (("lora", "--engine", "fsdp"), "there are 1 process(es); start one with `loracle full run` or --engine single, several with"),
         (("lora", "--engine", "zero"), "engine"),
         (("lora", "--micro-batch", "3"), "needed a multiple of micro-batch 3"),
         (("lora", "--steps", "0"), "--steps is 0"),
@@ -67,6 +70,53 @@ def test_wrong_names(attempt, tmp_path):
         code, output = attempt(*words)
         assert code == 3, output
         assert said in output, output
+
+
+@pytest.fixture
+def launched(tiny_llama, tmp_path):
+    """What `accelerate launch` with some options says, and how many processes ran."""
+
+    def launch(*words):
+        run = ["-m", "loracle.toy_tasks.full_scale", "lora", "--model", tiny_llama, "--data", tiny_llama.parent / "data.jsonl", "--cpu"]
+        sets = [word for setting in SETTINGS for word in ("--set", setting)]
+        command = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            *words,
+            *run,
+            "--steps",
+            "1",
+            "--out",
+            tmp_path / "out",
+            *sets,
+        ]
+        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200)
+        report = tmp_path / "out" / training.REPORT
+        return " ".join(done.stderr.split()), json.loads(report.read_text())["ranks"] if report.exists() else None
+
+    return launch
+
+
+def test_accelerate_that_starts_one_process_instead_of_several(launched):
+    said, ranks = launched("--cpu", "--num_processes", "2")
+    assert ranks is None
+    assert "accelerate started one process, and it seems that several were asked for" in said, said
+    assert "accelerate launch --multi_gpu --num_processes N -m loracle.toy_tasks.full_scale SLUG" in said
+
+
+def test_what_the_message_tells_to_type_starts_two_processes(launched):
+    said, ranks = launched("--multi_gpu", "--num_processes", "2")
+    assert ranks == 2, said
+
+
+def test_one_process_that_was_asked_for_is_right(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as accelerate sets it; MASTER_ADDR only for several
+    assert engine.Engine(cpu=True).ranks == 1
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert engine.Engine("single", cpu=True).ranks == 1
+    with pytest.raises(UsageError, match="started one process"):
+        engine.Engine(cpu=True)
 
 
 def test_wrong_data(attempt, tmp_path):

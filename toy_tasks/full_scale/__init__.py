@@ -1,7 +1,7 @@
 """The trainer for real models: the reference methods put into transformers' models, run by accelerate.
 
-    loracle full run lora                                                   # one process, a small model built here
-    accelerate launch -m loracle.toy_tasks.full_scale lora --model paper    # several
+    loracle full run lora                                                           # one process, a small model built here
+    accelerate launch --multi_gpu -m loracle.toy_tasks.full_scale lora --model paper    # several
 
 | file | what it does |
 |---|---|
