@@ -273,13 +273,17 @@ def _shape(text: str | None) -> list[int] | None:
 
 @app.command("eval")
 def evaluate(
-    target: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run, a model's folder, or a hub id.", show_default=False)],
+    target: Annotated[
+        str, typer.Argument(metavar="RUN", help="The folder of a run, a model or an adapter; or a hub id.", show_default=False)
+    ],
     data: Annotated[str, typer.Option(help="A JSONL file or a hub id.")],
     kind: Annotated[str, typer.Option(help="perplexity, or exact_match of generated answers.")] = "perplexity",
     fields: Annotated[
         str | None, typer.Option(help="The data's fields, as `question,answer` or `text`.", show_default="found by name")
     ] = None,
-    template: Annotated[str | None, typer.Option(help="The prompt, with {instruction} in it.", show_default="the run's")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="The prompt, with {instruction} in it.", show_default="the run's, kept by export")
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Only the first so many examples.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a row, or of an answer.", show_default="the run's, or 256")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the numbers, and every answer, as JSON.")] = None,
@@ -301,7 +305,7 @@ def evaluate(
             found = measure(
                 target, data, kind, fields=_fields(fields), template=template, samples=samples, length=length, out=out, report=report
             )
-        console.print(found, highlight=False)
+        console.print(found, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
