@@ -115,7 +115,7 @@ def run(
     cpu: Annotated[bool, typer.Option("--cpu", help="Compute on the CPU even if there is a GPU.")] = False,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.", show_default="a tenth of the run")] = None,
     settings: Settings = None,
-    out: Annotated[Path | None, typer.Option(help="Where to write.", show_default="runs/full/SLUG")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write.", show_default="runs/full/METHOD-MODEL")] = None,
 ) -> None:
     """Train a language model with a paper's method, and report loss, forgetting, speed and memory.
 
@@ -135,7 +135,7 @@ def run(
     Without --multi_gpu accelerate starts one process where it finds no more than one GPU.
     """
     with _exit_codes():
-        from ..toy_tasks.full_scale.settings import read, resolve
+        from ..toy_tasks.full_scale.settings import default_folder, read, resolve
 
         _check_numbers(samples=samples, steps=steps, micro_batch=micro_batch, save_every=save_every)
         decided = resolve(
@@ -156,7 +156,7 @@ def run(
             compile=compile,
             engine=engine,
         )
-        folder = out or Path("runs") / "full" / decided.method
+        folder = out or default_folder(decided)
         with _quiet_libraries():
             from ..toy_tasks.full_scale import training
         first = training.is_first_process()
@@ -295,7 +295,7 @@ def evaluate(
     \b
     Examples:
       loracle full eval runs/full/lora --data held_out.jsonl
-      loracle full eval runs/full/lora_ga --data gsm8k_test.jsonl --kind exact_match --out gsm8k.json
+      loracle full eval runs/full/lora_ga-Llama-2-7b-hf --data gsm8k_test.jsonl --kind exact_match --out gsm8k.json
     """
     with _exit_codes():
         _check_numbers(samples=samples, length=length)

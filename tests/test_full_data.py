@@ -21,7 +21,7 @@ from loracle.toy_tasks.config import CONFIGS, UsageError
 from loracle.toy_tasks.full_scale import evaluation, measuring, small, training
 from loracle.toy_tasks.full_scale.data import IGNORED, Order, collate, pack, read_examples, tokenise
 from loracle.toy_tasks.full_scale.evaluation import count_tokens, exact_match, extract_answer, mean_loss, token_losses
-from loracle.toy_tasks.full_scale.settings import ASSUMED, resolve
+from loracle.toy_tasks.full_scale.settings import ASSUMED, default_folder, resolve
 
 ARITHMETIC = files("loracle.toy_tasks.full_scale") / "arithmetic.jsonl"
 
@@ -215,6 +215,17 @@ def test_a_paper_that_cannot_be_run_as_it_is_says_so_first(slug, command, said):
     found = CliRunner().invoke(app, ["full", command, slug, "--model", "paper"], catch_exceptions=False)
     assert found.exit_code == 3
     assert re.search(said, " ".join(found.output.split())), found.output
+
+
+def test_runs_of_different_models_have_different_folders():
+    folders = [default_folder(resolve("lora", **how)) for how in ({}, {"model": "paper"}, {"model": "./my llama/", "data": GIVEN})]
+    assert [str(folder) for folder in folders] == ["runs/full/lora", "runs/full/lora-Llama-2-7b-hf", "runs/full/lora-myllama"]
+
+
+def test_only_configs_of_a_paper_are_offered():
+    with pytest.raises(UsageError, match="there is no config 'compare'; known: allora, block_lora, loldu") as caught:
+        resolve("compare")
+    assert "compare" not in str(caught.value).partition("known: ")[2]
 
 
 def test_a_plan_needs_no_data(monkeypatch):

@@ -220,10 +220,16 @@ def read(source: str) -> tuple[FullScale, str]:
     if source.endswith(".toml"):
         path = Path(source)
         return load_full(path.stem, folder=path.parent), path.stem
-    known = [path.stem for path in CONFIGS.glob("*.toml")]
+    known = [path.stem for path in CONFIGS.glob("*.toml") if "full" in read_toml(path)]
     if source not in known:
         raise UsageError(f"there is no config {source!r}; {nearest(source, known)}; or give the path of a .toml file")
     return load_full(source), source
+
+
+def default_folder(run: Run) -> Path:
+    """Where a run is kept unless told otherwise: each method on each model apart; of the small model by the method alone."""
+    name = re.sub(r"[^\w.-]", "", run.model.rstrip("/").rpartition("/")[2])
+    return Path("runs") / "full" / (run.method if run.model == SMALL else f"{run.method}-{name}")
 
 
 def small_settings(method: str) -> dict[str, Any]:
