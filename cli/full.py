@@ -210,6 +210,7 @@ def plan(
       loracle full plan randlora --model any --shape 2048,8192,16,32,128256 --memory 24 --devices 4 --engine fsdp
     """
     with _exit_codes():
+        from ..toy_tasks.config import UsageError
         from ..toy_tasks.full_scale.settings import read, resolve
 
         _check_numbers(devices=devices, micro_batch=micro_batch)
@@ -231,7 +232,10 @@ def plan(
         device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
         available = memory * 2**30 if memory is not None else float(planning.device_memory(device))
         on_cpu = device.type == "cpu" and memory is None
-        config = planning.known_config(decided.model, sizes)
+        try:
+            config = planning.known_config(decided.model, sizes)
+        except UsageError as error:
+            raise UsageError(f"{error}; give --shape") from None
         found = planning.estimate(decided, config, ranks=devices)
         table = Table("", "each device", title=f"Memory of {decided.method} on {decided.model}", title_justify="left")
         parts = {

@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -149,6 +150,37 @@ def test_wrong_model(attempt, tmp_path):
     code, output = attempt(**{"--model": str(tmp_path)})
     assert code == 3
     assert "could not be" in output
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """A hub where nobody answers."""
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # as it was, afterwards
+
+
+def test_without_a_network_a_hub_id_is_given_up_at_once(attempt, no_network, tmp_path):
+    start = time.monotonic()
+    for words in ({"--model": "no/such"}, {"--data": "no/such"}):
+        code, output = attempt(**words)
+        assert code == 3
+        assert re.search("no/such.*it is not here, the hub cannot be reached, and the hub's cache here lacks it", output), output
+        assert "Retry" not in output
+        assert "--shape" not in output  # which only plan and bench have
+    found = CliRunner().invoke(app, ["full", "plan", "lora", "--model", "no/such"])
+    assert "cannot be reached" in found.output
+    assert "give --shape" in found.output
+    assert time.monotonic() - start < 15  # 25 s of retries for each
+
+
+def test_a_folder_without_a_tokenizer_says_all_that_was_tried(tiny_llama, tmp_path, attempt):
+    shutil.copytree(tiny_llama, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    code, output = attempt(**{"--model": str(tmp_path / "bare")})
+    assert code == 3
+    assert "could not be loaded" in output
+    assert not output.rstrip(". ").endswith(":"), output
 
 
 def test_mixed_up_config_keys(attempt, tmp_path):

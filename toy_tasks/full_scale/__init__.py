@@ -8,6 +8,7 @@
 | `settings.py` | a paper's table [full], and what the user changes, as one `Run` without unknowns |
 | `small.py` | a small Llama, its tokenizer and data from what ships with Python |
 | `data.py` | JSONL or hub data to token rows, prompt masked in the loss; the order of the batches |
+| `hub.py` | what to say where a model or data set cannot be had |
 | `engine.py` | one process, DDP or sharded base weights; what the ranks have to agree on |
 | `training.py` | a run from its settings to its report |
 | `checkpoints.py` | whole checkpoints in safetensors |

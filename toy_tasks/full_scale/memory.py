@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..config import UsageError
 from .engine import blocks
+from .hub import no_hub, short
 from .settings import ROWS_OF_ESTIMATE, SMALL, Run
 
 
@@ -310,7 +311,8 @@ def known_config(model: str, shape: Sequence[int] | None = None) -> Any:
     for name, kind in (("meta-llama/Llama-2-7b-hf", LlamaConfig), ("mistralai/Mistral-7B-v0.1", MistralConfig)):
         if model == name:
             return kind()
+    why = no_hub(model)
     try:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise UsageError(f"the shape of {model!r} could not be had: {str(error).splitlines()[0]}; give --shape") from None
+        raise UsageError(f"the shape of the model {model!r} could not be had: {why or short(error)}") from None

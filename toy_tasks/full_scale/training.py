@@ -20,6 +20,7 @@ from . import checkpoints, small
 from .data import Order, Row, Split, collate, find_fields, load, pack, read_examples, tokenise
 from .engine import Engine
 from .evaluation import count_tokens, generate, mean_loss, perplexity, token_losses
+from .hub import no_hub, short
 from .memory import advise, device_memory, estimate, fits, known_config, peak_memory, reset_peak_memory
 from .settings import ROWS_OF_ESTIMATE, SMALL, Run, differences
 
@@ -99,11 +100,12 @@ def load_model(folder: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    why = no_hub(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise UsageError(f"the model {folder!r} could not be loaded: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"the model {folder!r} could not be loaded: {why or short(error)}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
