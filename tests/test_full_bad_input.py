@@ -284,6 +284,40 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(unfinished):
     assert training.train(run(), out, cpu=True).steps == 6
 
 
+def test_a_refused_run_leaves_no_folder(attempt, tmp_path, tiny_llama):
+    for words in (("--set", "options={gama=1}"), ("--set", "optimizer=adam"), ("--set", 'target_modules=["query"]')):
+        code, output = attempt("lora", *words)
+        assert code == 3, output
+        assert not (tmp_path / "out").exists(), words
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("kept")
+    assert attempt("lora", "--set", "optimizer=adam")[0] == 3
+    assert (tmp_path / "out" / "mine.txt").exists()
+
+
+def test_two_processes_do_not_write_into_one_folder(unfinished):
+    """The other one is alive, then killed."""
+    run, out = unfinished
+    program = (
+        "import pathlib, sys, time\nfrom loracle.toy_tasks.full_scale import checkpoints\n"
+        "@checkpoints.alone\ndef hold(run, out):\n    print('held', flush=True)\n    time.sleep(200)\n"
+        "hold(None, pathlib.Path(sys.argv[1]))"
+    )
+    other = subprocess.Popen([sys.executable, "-c", program, str(out)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != checkpoints.LOCK}
+        with pytest.raises(ToyError, match="another process is writing into"):
+            training.train(run(), out, cpu=True)
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != checkpoints.LOCK} == before
+    finally:
+        other.kill()
+        other.communicate()
+    assert (out / checkpoints.LOCK).exists()  # the dead process could not take it away
+    assert training.train(run(), out, cpu=True).steps == 6
+    assert not (out / checkpoints.LOCK).exists()
+
+
 def test_ctrl_c_says_how_to_go_on(attempt, monkeypatch):
     def interrupted(*arguments, **named):
         raise KeyboardInterrupt

@@ -340,6 +340,7 @@ def fit(
         after_step(step + 1, engine.sum(total), count)
 
 
+@checkpoints.alone
 def train(
     run: Run, out: Path, *, save_every: int | None = None, report: Report = silent, cpu: bool = False, cache: Path | None = None
 ) -> Outcome:
