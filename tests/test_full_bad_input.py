@@ -188,7 +188,7 @@ def test_mixed_up_config_keys(attempt, tmp_path):
     for old, new, said in [
         ("rank = 8", "lora_rank = 8", "has no key 'lora_rank'; did you mean 'rank'"),
         ("alpha = 16.0", 'alpha = "twice"', "alpha is 'twice'"),
-        ("[full]", "[fulll]", "[full] lacks 'model', 'data'"),
+        ("[full]", "[fulll]", "[full] lacks 'task', 'model', 'data'"),
         ("rslora = false", "gamma = 2.0", "lora has no option 'gamma'"),
     ]:
         path = tmp_path / "lora.toml"

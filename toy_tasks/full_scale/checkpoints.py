@@ -29,7 +29,8 @@ START, STATE, RUN = "start.safetensors", "state.safetensors", "run.json"
 LOCK = ".lock"  # held while a process writes into a run's folder
 SCHEMA = 1
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Saved(NamedTuple):
