@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from ..toy_tasks.config import FullScale
     from ..toy_tasks.full_scale.settings import Run
     from ..toy_tasks.full_scale.training import Outcome
 
@@ -103,10 +104,10 @@ def run(
         str | None, typer.Option(help="The data's fields, as `instruction,response` or `text`.", show_default="found by name")
     ] = None,
     template: Annotated[str | None, typer.Option(help="The prompt, with {instruction} in it.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Only the first so many examples.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Only the first so many examples.", show_default="the config's for its data")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="by the config's epochs")] = None,
     micro_batch: MicroBatch = None,
-    seed: Annotated[int, typer.Option(help="Of the data's order, the factors and dropout.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the data's order, the factors and dropout; a run has one.")] = 0,
     packing: Annotated[bool, typer.Option("--packing", help="Several examples in one row; they do not see each other.")] = False,
     checkpointing: Checkpointing = False,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the model.")] = False,
@@ -114,7 +115,7 @@ def run(
     cpu: Annotated[bool, typer.Option("--cpu", help="Compute on the CPU even if there is a GPU.")] = False,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.", show_default="a tenth of the run")] = None,
     settings: Settings = None,
-    out: Annotated[Path | None, typer.Option(help="Where to write.", show_default="runs/full/SLUG")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write.", show_default="runs/full/METHOD-MODEL")] = None,
 ) -> None:
     """Train a language model with a paper's method, and report loss, forgetting, speed and memory.
 
@@ -127,10 +128,14 @@ def run(
       loracle full run lora --method peft_lora
       loracle full run lora_ga --model paper --micro-batch 4 --checkpointing
       loracle full run lora --model ./my-llama --data my.jsonl --fields question,answer --set rank=16
-      accelerate launch --num_processes 2 -m loracle.toy_tasks.full_scale lora_ga --model paper --engine fsdp
+      accelerate launch --multi_gpu --num_processes 2 -m loracle.toy_tasks.full_scale lora_ga --model paper --engine fsdp
+      accelerate launch --multi_gpu --num_processes 2 -m loracle.toy_tasks.full_scale lora --cpu
+
+    \b
+    Without --multi_gpu accelerate starts one process where it finds no more than one GPU.
     """
     with _exit_codes():
-        from ..toy_tasks.full_scale.settings import resolve
+        from ..toy_tasks.full_scale.settings import default_folder, read, resolve
 
         _check_numbers(samples=samples, steps=steps, micro_batch=micro_batch, save_every=save_every)
         decided = resolve(
@@ -151,7 +156,7 @@ def run(
             compile=compile,
             engine=engine,
         )
-        folder = out or Path("runs") / "full" / decided.method
+        folder = out or default_folder(decided)
         with _quiet_libraries():
             from ..toy_tasks.full_scale import training
         first = training.is_first_process()
@@ -166,6 +171,8 @@ def run(
             raise typer.Exit(INTERRUPTED) from None
         if first:
             _print_outcome(outcome)
+            if not {"model", "data"} & set(decided.changed):
+                _print_aims(read(source)[0])
             console.print(f"\nreport:  {folder / 'report.json'}\nfigure:  {folder / 'figure.svg'}", soft_wrap=True, highlight=False)
 
 
@@ -203,7 +210,8 @@ def plan(
       loracle full plan randlora --model any --shape 2048,8192,16,32,128256 --memory 24 --devices 4 --engine fsdp
     """
     with _exit_codes():
-        from ..toy_tasks.full_scale.settings import resolve
+        from ..toy_tasks.config import UsageError
+        from ..toy_tasks.full_scale.settings import read, resolve
 
         _check_numbers(devices=devices, micro_batch=micro_batch)
         sizes = _shape(shape)
@@ -211,7 +219,7 @@ def plan(
             source,
             method=method,
             model=model or ("shape" if sizes else None),
-            data="none" if sizes else None,
+            data="none",  # a plan needs none
             overrides=settings or (),
             micro_batch=micro_batch,
             gradient_checkpointing=checkpointing,
@@ -224,7 +232,10 @@ def plan(
         device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
         available = memory * 2**30 if memory is not None else float(planning.device_memory(device))
         on_cpu = device.type == "cpu" and memory is None
-        config = planning.known_config(decided.model, sizes)
+        try:
+            config = planning.known_config(decided.model, sizes)
+        except UsageError as error:
+            raise UsageError(f"{error}; give --shape") from None
         found = planning.estimate(decided, config, ranks=devices)
         table = Table("", "each device", title=f"Memory of {decided.method} on {decided.model}", title_justify="left")
         parts = {
@@ -241,6 +252,8 @@ def plan(
                 table.add_row(name, format_bytes(size))
         table.add_row("[bold]peak[/bold]", f"[bold]{format_bytes(found.total)}[/bold]")
         console.print(table)
+        if "model" not in decided.changed:
+            _print_aims(read(source)[0])
         if planning.fits(found, available, cpu=on_cpu):
             console.print(f"It fits into {format_bytes(available)}.", highlight=False)
             return
@@ -264,13 +277,17 @@ def _shape(text: str | None) -> list[int] | None:
 
 @app.command("eval")
 def evaluate(
-    target: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run, a model's folder, or a hub id.", show_default=False)],
+    target: Annotated[
+        str, typer.Argument(metavar="RUN", help="The folder of a run, a model or an adapter; or a hub id.", show_default=False)
+    ],
     data: Annotated[str, typer.Option(help="A JSONL file or a hub id.")],
     kind: Annotated[str, typer.Option(help="perplexity, or exact_match of generated answers.")] = "perplexity",
     fields: Annotated[
         str | None, typer.Option(help="The data's fields, as `question,answer` or `text`.", show_default="found by name")
     ] = None,
-    template: Annotated[str | None, typer.Option(help="The prompt, with {instruction} in it.", show_default="the run's")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="The prompt, with {instruction} in it.", show_default="the run's, kept by export")
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Only the first so many examples.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a row, or of an answer.", show_default="the run's, or 256")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the numbers, and every answer, as JSON.")] = None,
@@ -282,7 +299,7 @@ def evaluate(
     \b
     Examples:
       loracle full eval runs/full/lora --data held_out.jsonl
-      loracle full eval runs/full/lora_ga --data gsm8k_test.jsonl --kind exact_match --out gsm8k.json
+      loracle full eval runs/full/lora_ga-Llama-2-7b-hf --data gsm8k_test.jsonl --kind exact_match --out gsm8k.json
     """
     with _exit_codes():
         _check_numbers(samples=samples, length=length)
@@ -292,7 +309,7 @@ def evaluate(
             found = measure(
                 target, data, kind, fields=_fields(fields), template=template, samples=samples, length=length, out=out, report=report
             )
-        console.print(found, highlight=False)
+        console.print(found, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -333,13 +350,17 @@ def _no_progress() -> Iterator[Callable[[str, float, str], None]]:
 
 def _print_run(run: Run, source: str) -> None:
     """What is about to run, and which of its settings are not the paper's."""
-    console.print(f"[bold]{run.method}[/bold] on {run.model}, data {run.data}", highlight=False)
+    console.print(f"[bold]{run.method}[/bold] on {run.model}, data {run.data}{_samples(run)}", highlight=False)
     for heading, keys in (("not as in the config", run.changed), ("unknown in the source, ours here", run.assumed)):
-        values = [f"{key}={getattr(run, key)}" for key in keys if hasattr(run, key)]
+        values = [f"{key}={getattr(run, key) or 'all' if key == 'samples' else getattr(run, key)}" for key in keys]
         if values:
             console.print(f"{heading}: {', '.join(values)}", soft_wrap=True, highlight=False)
     if run.model == "small":
         console.print(f"The small model shows that all works, not what the paper measured; --model paper takes what {source} names.")
+
+
+def _samples(run: Run) -> str:
+    return f", its first {run.samples:,} samples" if run.samples else ""
 
 
 def _print_outcome(outcome: Outcome) -> None:
@@ -360,6 +381,18 @@ def _print_outcome(outcome: Outcome) -> None:
     )
     for written in outcome.texts:
         console.print(f"\n[dim]prompt:[/dim] {_plain(written['prompt'].strip())}\n{_plain(written['text'])}", highlight=False)
+
+
+def _print_aims(full: FullScale) -> None:
+    """The paper's figures, to be compared with what `eval` measures."""
+    if not full.aims:
+        return
+    seeds = {"unknown": "how many seeds is unknown", 1: "one seed"}.get(full.seeds, f"means over {full.seeds} seeds")
+    table = Table("benchmark", "method", title=f"\nThe paper's figures ({seeds}); `loracle full eval` measures yours", title_justify="left")
+    table.add_column("value", justify="right")
+    for aim in full.aims:
+        table.add_row(aim.benchmark, aim.method, f"{aim.value:g}{' (from memory)' if aim.from_memory else ''}")
+    console.print(table)
 
 
 def _plain(text: str) -> str:

@@ -1,9 +1,13 @@
 """What goes wrong in a full-scale run says what came, what was needed and what to do, and damages nothing."""
 
 import json
+import os
 import re
 import resource
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -14,7 +18,7 @@ pytest.importorskip("peft")
 
 from loracle.cli import app
 from loracle.toy_tasks.config import CONFIGS, ToyError, UsageError
-from loracle.toy_tasks.full_scale import checkpoints, training
+from loracle.toy_tasks.full_scale import checkpoints, engine, training
 from loracle.toy_tasks.full_scale.settings import resolve
 
 SETTINGS = ["precision=float32", "batch_size=4", "rank=2", "alpha=4", "lr=1e-2", "sequence_length=40", "dropout=0", "weight_decay=0"]
@@ -45,14 +49,17 @@ def test_wrong_names(attempt, tmp_path):
     for words, said in [
         (("lroa",), "did you mean 'lora'"),
         (("lora", "--method", "peft"), "did you mean 'peft_lora'"),
-        (("lora", "--set", "lerning_rate=1"), "--set lerning_rate: [full] has no such key"),
+        (("lora", "--set", "lerning_rate=1"), "--set lerning_rate: a run takes no such key of [full]"),
+        (("lora", "--set", "seeds=3"), "a run has one, --seed"),
+        (("lora", "--set", "data=my.jsonl"), "use --data"),
+        (("lora", "--set", "source=mine"), "a run takes no such key"),
         (("lora", "--set", "rank=a"), "rank is 'a'; needed a whole number"),
         (("lora", "--set", "rank=0"), "rank is 0; needed a positive number"),
         (("lora", "--set", "precision=fp16"), "float16 would need gradient scaling"),
         (("lora", "--set", "optimizer=adam"), "optimizer is 'adam'; needed one of adamw, sgd"),
         (("lora", "--set", "schedule=cosines"), "did you mean 'cosine'"),
         (("lora", "--set", "options={gama=1}"), "lora has no option 'gama'"),
-        (("lora", "--engine", "fsdp"), "there are 1 process(es)"),
+        (("lora", "--engine", "fsdp"), "there are 1 process(es); start one with `loracle full run` or --engine single, several with"),
         (("lora", "--engine", "zero"), "engine"),
         (("lora", "--micro-batch", "3"), "needed a multiple of micro-batch 3"),
         (("lora", "--steps", "0"), "--steps is 0"),
@@ -64,6 +71,48 @@ def test_wrong_names(attempt, tmp_path):
         code, output = attempt(*words)
         assert code == 3, output
         assert said in output, output
+
+
+@pytest.fixture
+def launched(tiny_llama, tmp_path):
+    """What `accelerate launch` with some options says, and how many processes ran."""
+
+    def launch(*words):
+        run = ["-m", "loracle.toy_tasks.full_scale", "lora", "--model", tiny_llama, "--data", tiny_llama.parent / "data.jsonl", "--cpu"]
+        sets = [word for setting in SETTINGS for word in ("--set", setting)]
+        command = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            *words,
+            *run,
+            "--steps",
+            "1",
+            "--out",
+            tmp_path / "out",
+            *sets,
+        ]
+        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200)
+        report = tmp_path / "out" / training.REPORT
+        return " ".join(done.stderr.split()), json.loads(report.read_text())["ranks"] if report.exists() else None
+
+    return launch
+
+
+def test_accelerate_that_starts_one_process_instead_of_several(launched):
+    said, ranks = launched("--cpu", "--num_processes", "2")
+    assert ranks is None
+    assert "accelerate started one process, and it seems that several were asked for" in said, said
+    assert "accelerate launch --multi_gpu --num_processes N -m loracle.toy_tasks.full_scale SLUG" in said
+
+
+def test_one_process_that_was_asked_for_is_right(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as accelerate sets it; MASTER_ADDR only for several
+    assert engine.Engine(cpu=True).ranks == 1
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert engine.Engine("single", cpu=True).ranks == 1
+    with pytest.raises(UsageError, match="started one process"):
+        engine.Engine(cpu=True)
 
 
 def test_wrong_data(attempt, tmp_path):
@@ -98,12 +147,43 @@ def test_wrong_model(attempt, tmp_path):
     assert "could not be" in output
 
 
+@pytest.fixture
+def no_network(monkeypatch):
+    """A hub where nobody answers."""
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # as it was, afterwards
+
+
+def test_without_a_network_a_hub_id_is_given_up_at_once(attempt, no_network, tmp_path):
+    start = time.monotonic()
+    for words in ({"--model": "no/such"}, {"--data": "no/such"}):
+        code, output = attempt(**words)
+        assert code == 3
+        assert re.search("no/such.*it is not here, the hub cannot be reached, and the hub's cache here lacks it", output), output
+        assert "Retry" not in output
+        assert "--shape" not in output  # which only plan and bench have
+    found = CliRunner().invoke(app, ["full", "plan", "lora", "--model", "no/such"])
+    assert "cannot be reached" in found.output
+    assert "give --shape" in found.output
+    assert time.monotonic() - start < 15  # 25 s of retries for each
+
+
+def test_a_folder_without_a_tokenizer_says_all_that_was_tried(tiny_llama, tmp_path, attempt):
+    shutil.copytree(tiny_llama, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    code, output = attempt(**{"--model": str(tmp_path / "bare")})
+    assert code == 3
+    assert "could not be loaded" in output
+    assert not output.rstrip(". ").endswith(":"), output
+
+
 def test_mixed_up_config_keys(attempt, tmp_path):
     text = (CONFIGS / "lora.toml").read_text()
     for old, new, said in [
         ("rank = 8", "lora_rank = 8", "has no key 'lora_rank'; did you mean 'rank'"),
         ("alpha = 16.0", 'alpha = "twice"', "alpha is 'twice'"),
-        ("[full]", "[fulll]", "[full] lacks 'model', 'data'"),
+        ("[full]", "[fulll]", "[full] lacks 'task', 'model', 'data'"),
         ("rslora = false", "gamma = 2.0", "lora has no option 'gamma'"),
     ]:
         path = tmp_path / "lora.toml"
@@ -197,6 +277,40 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(unfinished):
     assert checkpoints.find(out) == [kept]
     assert not list(out.glob(".*"))
     assert training.train(run(), out, cpu=True).steps == 6
+
+
+def test_a_refused_run_leaves_no_folder(attempt, tmp_path, tiny_llama):
+    for words in (("--set", "options={gama=1}"), ("--set", "optimizer=adam"), ("--set", 'target_modules=["query"]')):
+        code, output = attempt("lora", *words)
+        assert code == 3, output
+        assert not (tmp_path / "out").exists(), words
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("kept")
+    assert attempt("lora", "--set", "optimizer=adam")[0] == 3
+    assert (tmp_path / "out" / "mine.txt").exists()
+
+
+def test_two_processes_do_not_write_into_one_folder(unfinished):
+    """The other one is alive, then killed."""
+    run, out = unfinished
+    program = (
+        "import pathlib, sys, time\nfrom loracle.toy_tasks.full_scale import checkpoints\n"
+        "@checkpoints.alone\ndef hold(run, out):\n    print('held', flush=True)\n    time.sleep(200)\n"
+        "hold(None, pathlib.Path(sys.argv[1]))"
+    )
+    other = subprocess.Popen([sys.executable, "-c", program, str(out)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != checkpoints.LOCK}
+        with pytest.raises(ToyError, match="another process is writing into"):
+            training.train(run(), out, cpu=True)
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != checkpoints.LOCK} == before
+    finally:
+        other.kill()
+        other.communicate()
+    assert (out / checkpoints.LOCK).exists()  # the dead process could not take it away
+    assert training.train(run(), out, cpu=True).steps == 6
+    assert not (out / checkpoints.LOCK).exists()
 
 
 def test_ctrl_c_says_how_to_go_on(attempt, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from importlib.resources import files
 
 import numpy as np
@@ -20,7 +21,7 @@ from loracle.toy_tasks.config import CONFIGS, UsageError
 from loracle.toy_tasks.full_scale import evaluation, measuring, small, training
 from loracle.toy_tasks.full_scale.data import IGNORED, Order, collate, pack, read_examples, tokenise
 from loracle.toy_tasks.full_scale.evaluation import count_tokens, exact_match, extract_answer, mean_loss, token_losses
-from loracle.toy_tasks.full_scale.settings import ASSUMED, resolve
+from loracle.toy_tasks.full_scale.settings import ASSUMED, default_folder, resolve
 
 ARITHMETIC = files("loracle.toy_tasks.full_scale") / "arithmetic.jsonl"
 
@@ -248,11 +249,69 @@ def test_unknown_values_are_marked_and_no_other(slug):
     # What stands in the place of an unknown option is the method's default
     assert methods.make(slug, run.options) == methods.make(slug, {key: value for key, value in full.options.items() if value != "unknown"})
     for key in ASSUMED:
-        if key not in run.assumed and key != "seeds" and key not in given:
+        if key not in run.assumed and key not in given:
             assert getattr(run, key) == getattr(full, key), key
     assert in_options or run.options == full.options
     assert "lr" not in resolve(slug, model=GIVEN, data=GIVEN, overrides=["lr=1e-3", "precision=bf16"]).assumed
     assert resolve(slug).model == "small"
+
+
+@pytest.mark.parametrize(
+    ("slug", "command", "said"),
+    [
+        ("block_lora", "run", r"is image classification \(CLIP ViT-B/16.*give one with --model ID --data FILE.*precision \(fp16\)$"),
+        ("block_lora", "plan", "only causal language models can be trained here"),
+        ("loldu", "run", r"image classification \(google/vit.*such as target_modules \(query, value\)$"),
+        ("loldu", "plan", "only causal language models can be trained here"),
+        ("randlora", "run", "the data of this run is described in its config and not named: 'commonsense_170k, .*--data"),
+        ("allora", "run", "the model of this run is unknown in its source; give one with --model"),
+    ],
+)
+def test_a_paper_that_cannot_be_run_as_it_is_says_so_first(slug, command, said):
+    found = CliRunner().invoke(app, ["full", command, slug, "--model", "paper"], catch_exceptions=False)
+    assert found.exit_code == 3
+    assert re.search(said, " ".join(found.output.split())), found.output
+
+
+def test_runs_of_different_models_have_different_folders():
+    folders = [default_folder(resolve("lora", **how)) for how in ({}, {"model": "paper"}, {"model": "./my llama/", "data": GIVEN})]
+    assert [str(folder) for folder in folders] == ["runs/full/lora", "runs/full/lora-Llama-2-7b-hf", "runs/full/lora-myllama"]
+
+
+def test_only_configs_of_a_paper_are_offered():
+    with pytest.raises(UsageError, match="there is no config 'compare'; known: allora, block_lora, loldu") as caught:
+        resolve("compare")
+    assert "compare" not in str(caught.value).partition("known: ")[2]
+
+
+def test_a_plan_needs_no_data(monkeypatch):
+    from loracle.toy_tasks.full_scale import memory
+
+    monkeypatch.setattr(memory, "known_config", lambda model, shape: small.config())
+    found = CliRunner().invoke(app, ["full", "plan", "randlora", "--model", "paper", "--memory", "80"], catch_exceptions=False)
+    assert found.exit_code == 0, found.output
+
+
+def test_the_papers_number_of_samples_counts_for_its_data():
+    papers = {slug: resolve(slug, model="paper").samples for slug in ("lora", "lora_ga", "lora_pro", "nlora", "lora_sb")}
+    assert papers == {"lora": 100_000, "lora_ga": 100_000, "lora_pro": 100_000, "nlora": 100_000, "lora_sb": 50_000}
+    assert resolve("lora", model=GIVEN, data="paper").samples == 100_000
+    assert resolve("lora", model="paper", data="my.jsonl").samples is None
+    assert resolve("lora").samples is None
+    for how in ({"samples": 7}, {"overrides": ["samples=7"]}, {"overrides": ["samples=9"], "samples": 7}):
+        run = resolve("lora", model="paper", **how)
+        assert run.samples == 7
+        assert "samples" in run.changed
+    assert resolve("lora", model="paper", overrides=["samples=all"]).samples is None
+
+
+def test_an_unknown_number_of_samples_is_all_and_marked(tmp_path):
+    path = tmp_path / "lora.toml"
+    path.write_text((CONFIGS / "lora.toml").read_text().replace("samples = 100_000", 'samples = "unknown"'))
+    run = resolve(str(path))
+    assert run.samples is None
+    assert "samples" in run.assumed
+    assert "samples" not in resolve(str(path), data="my.jsonl").assumed
 
 
 @pytest.mark.parametrize("slug", SLUGS)
@@ -271,6 +330,27 @@ def test_the_help_teaches():
         found = CliRunner().invoke(app, ["full", command, "--help"])
         assert found.exit_code == 0
         assert f"loracle full {command}" in found.output
+
+
+def test_the_papers_figures_stand_beside_the_result(tiny_llama, tmp_path):
+    """At the end of a run on the config's own model and data, and of no other."""
+    path, data = tmp_path / "lora.toml", str(tiny_llama.parent / "data.jsonl")
+    text = (CONFIGS / "lora.toml").read_text()
+    for old, new in {"meta-llama/Llama-2-7b-hf": str(tiny_llama), "meta-math/MetaMathQA": data, "bf16": "float32"}.items():
+        text = text.replace(old, new)
+    path.write_text(text)
+    own = tmp_path / "own.jsonl"
+    own.write_text((tiny_llama.parent / "data.jsonl").read_text())
+    said = []
+    for more in ((), ("--data", str(own))):
+        words = ["full", "run", str(path), "--cpu", "--steps", "1", "--set", "batch_size=4", "--out", str(tmp_path / str(len(said))), *more]
+        found = CliRunner().invoke(app, words, catch_exceptions=False)
+        assert found.exit_code == 0, found.output
+        said.append(found.output)
+    assert "how many seeds is unknown" in said[0]
+    assert re.search(r"GLUE average.*87\.2 \(from memory\)", said[0])
+    assert re.search(r"GSM8K.*42\.08 +│", said[0])
+    assert "42.08" not in said[1]
 
 
 def test_the_smoke_path_learns_python_and_forgets(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from loracle.toy_tasks import methods
 from loracle.toy_tasks.full_scale import training
+from loracle.toy_tasks.full_scale.checkpoints import START
 
 # Sums of a few hundred float64 terms in another order differ by about 1e-15 of their size. Adam divides by the root of a
 # squared gradient, which enlarges that where the gradient is small. What is measured is 5e-16; what is trained moves by 1e-9
@@ -44,6 +45,10 @@ def cases():
             overrides = [*SETTINGS, f"optimizer={optimizer}", f"lr={lr}"]
             how = {"method": method, "overrides": overrides, "micro_batch": 2}
             found[f"{method}-{optimizer}"] = {"how": how, "counted": (method, optimizer) in COUNTED}
+    # A micro-batch that is each rank's share: their starts have to agree bit for bit even so
+    for method in ("lora_ga", "lora_sb"):
+        overrides = [*SETTINGS, "optimizer=sgd", "lr=1e1"]
+        found[f"{method}-share"] = {"how": {"method": method, "overrides": overrides}}
     decay = [*SETTINGS, "optimizer=adamw", "lr=1e-2", "weight_decay=0.1"]
     found["lora_pro-decay"] = {"how": {"method": "lora_pro", "overrides": decay, "micro_batch": 4}}
     found["lora-checkpointing"] = {"how": {"method": "lora", "overrides": decay, "micro_batch": 4, "gradient_checkpointing": True}}
@@ -86,9 +91,13 @@ def folder(tmp_path_factory, tiny_llama):
 
 @pytest.fixture(scope="module")
 def weights(folder):
-    """`weights(kind, case, rank)` after three steps."""
+    """`weights(kind, case, rank)` after three steps, or at the `start`."""
     counts = {"single": 1, "ddp": 2, "fsdp": 2}
-    return lambda kind, case, rank=0: load_file(folder / f"{kind}-{case}-{counts[kind]}-{rank}.safetensors")
+
+    def load(kind, case, rank=0, start=False):
+        return load_file(folder / f"{kind}-{case}" / START if start else folder / f"{kind}-{case}-{counts[kind]}-{rank}.safetensors")
+
+    return load
 
 
 @pytest.mark.parametrize("case", cases())
@@ -100,6 +109,15 @@ def test_two_ranks_give_the_weights_of_one(weights, kind, case):
         torch.testing.assert_close(first[name], value, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
         if name != "losses":
             assert torch.equal(first[name], second[name]), f"{name} differs between the ranks"
+
+
+@pytest.mark.parametrize("case", ["lora_ga-share", "lora_sb-share"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_the_start_is_the_same_bits_for_any_number_of_ranks(weights, kind, case):
+    alone, two = weights("single", case, start=True), weights(kind, case, start=True)
+    assert alone.keys() == two.keys()
+    for name, value in alone.items():
+        assert torch.equal(two[name], value), name
 
 
 @pytest.mark.parametrize("case", cases())

@@ -1,10 +1,12 @@
 """What a run leaves can be loaded elsewhere, and computes the same."""
 
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 pytest.importorskip("accelerate")
 pytest.importorskip("peft")
@@ -12,9 +14,10 @@ pytest.importorskip("peft")
 import peft
 import transformers
 
+from loracle.cli import app
 from loracle.toy_tasks import methods
 from loracle.toy_tasks.config import UsageError
-from loracle.toy_tasks.full_scale import checkpoints, exports, training
+from loracle.toy_tasks.full_scale import checkpoints, exports, measuring, training
 from loracle.toy_tasks.full_scale.settings import resolve
 
 pytestmark = [
@@ -123,6 +126,38 @@ def test_a_randlora_that_peft_cannot_pair_says_why_and_is_merged(tiny_llama, tmp
         else:  # the terms of rank 1 are in the same order for any number of them, and have scalings of their own
             reloaded = peft.PeftModel.from_pretrained(pretrained(tmp_path / "model"), to)
         torch.testing.assert_close(logits(reloaded), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("method", "kind"), [("lora_ga", "peft"), ("randlora", "peft"), ("lora", "merged")])
+def test_eval_of_an_export_is_that_of_the_run(tiny_llama, tmp_path, method, kind):
+    """With a template and a length that are not the defaults, which change the perplexity."""
+    data, out, to = tiny_llama.parent / "data.jsonl", tmp_path / "run", tmp_path / "export"
+    given = {"model": str(tiny_llama), "data": str(data), "steps": 2, "template": "What is {instruction} It is "}
+    overrides = [*SETTINGS, "sequence_length=30"]
+    training.train(resolve("lora", method=method, overrides=overrides, **given), out, cpu=True)
+    exports.export(out, to, kind)
+
+    def perplexity(target, *words):
+        found = CliRunner().invoke(app, ["full", "eval", str(target), "--data", str(data), *words], catch_exceptions=False)
+        assert found.exit_code == 0, found.output
+        number, reading = re.fullmatch(r"perplexity ([\d.]+) \(.*\); (.*)\n", found.stdout).groups()
+        return float(number), reading
+
+    of_run, reading = perplexity(out)
+    assert reading == "template 'What is {instruction} It is ', 30 tokens of a row"
+    of_export, same = perplexity(to)
+    assert same == reading
+    assert of_export == pytest.approx(of_run, rel=1e-4)
+    other, _ = perplexity(to, "--template", "Q: {instruction}")
+    assert abs(other - of_run) > 1e-3 * of_run
+
+
+def test_eval_of_an_adapter_without_its_base_says_where_it_looked(finished, tmp_path):
+    exports.export(finished("lora"), tmp_path / "export")
+    path = tmp_path / "export" / exports.CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path / "gone")}))
+    with pytest.raises(UsageError, match=r"is an adapter of '.*gone' \(adapter_config.json\).*could not be loaded"):
+        measuring.load_any(str(tmp_path / "export"))
 
 
 def test_the_bases_of_randlora_are_stored_once(finished, tmp_path):

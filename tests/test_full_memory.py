@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -119,6 +120,9 @@ def test_the_command_says_whether_it_fits():
     fits = invoke("lora", "--model", "paper", "--memory", "80", "--micro-batch", "1")
     assert fits.exit_code == 0
     assert "It fits into 80.00 GiB" in fits.output
+    assert re.search(r"GSM8K, accuracy in %.*42\.08 ", fits.output)
+    assert re.search(r"GLUE average.*87\.2 \(from memory\)", fits.output)
+    assert "figures" not in invoke("lora", "--memory", "80").output  # of the small model
     tight = invoke("lora", "--model", "paper", "--memory", "24", "--set", "sequence_length=1024")
     assert tight.exit_code == 1
     assert "would fit: " in tight.output

@@ -166,8 +166,10 @@ class Aim:
 class FullScale:
     """Table `[full]`: one full-scale run, and the paper's figures. "unknown" stands where the source does not say."""
 
+    task: Literal["causal language model", "image classification"] | Unknown  # only the first can be run here
     model: str | Unknown
-    data: str | Unknown
+    data: str | Unknown  # a hub id or a JSONL file can be run, a description cannot
+    samples: int | Literal["all"] | Unknown  # the first so many of these data
     target_modules: tuple[str, ...]
     rank: int | Unknown
     alpha: float | Unknown
@@ -181,7 +183,7 @@ class FullScale:
     epochs: float | Unknown
     sequence_length: int | Unknown
     precision: str | Unknown
-    seeds: int | Unknown
+    seeds: int | Unknown  # how many the paper's figures are means of; a run here has one
     options: dict[str, bool | int | float | str]  # of the method itself, such as gamma
     source: str
     from_memory: tuple[str, ...]  # keys of this table or of its options whose values were not checked against the paper's text

@@ -1,4 +1,4 @@
-"""`accelerate launch -m loracle.toy_tasks.full_scale SLUG [options]`: `loracle full run` in every process that accelerate starts."""
+"""`accelerate launch --multi_gpu -m loracle.toy_tasks.full_scale SLUG`: `loracle full run` in every process that it starts."""
 
 import sys
 from importlib.metadata import entry_points

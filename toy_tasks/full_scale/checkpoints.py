@@ -5,26 +5,32 @@ frozen bases, corrected base weights), and `checkpoint-STEP/` with what a step c
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..config import ToyError, convert
+from ..config import ToyError, UsageError, convert
 from ..records import write_atomically
 from .engine import gathered, spread_like
 from .settings import Run, differences
 
 START, STATE, RUN = "start.safetensors", "state.safetensors", "run.json"
+LOCK = ".lock"  # held while a process writes into a run's folder
 SCHEMA = 1
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Saved(NamedTuple):
@@ -70,6 +76,39 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
     except (OSError, SafetensorError) as error:
         raise ToyError(f"{path} is missing or not whole: {error}. Delete the run's folder to start from the beginning.") from None
+
+
+def alone(function: Callable[P, T]) -> Callable[P, T]:
+    """A function (run, out, ...) that has the folder `out` for itself, and leaves none if it only refuses.
+
+    Raises ToyError if another process writes there. A process that died holds nothing: the lock is the system's.
+    """
+
+    @functools.wraps(function)
+    def held(*args: P.args, **kwargs: P.kwargs) -> T:
+        out = kwargs.get("out", args[1] if len(args) > 1 else None)
+        if int(os.environ.get("RANK", "0")) > 0:  # the first process holds it for all
+            return function(*args, **kwargs)
+        assert isinstance(out, Path)
+        was_there, lock = out.exists(), FileLock(out / LOCK, timeout=0)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            raise ToyError(f"another process is writing into {out}; wait for it, or give another --out") from None
+        except OSError as error:
+            raise ToyError(f"{out} cannot be written: {error.strerror}") from None
+        try:
+            return function(*args, **kwargs)
+        except UsageError:
+            if not was_there and not find(out):
+                shutil.rmtree(out, ignore_errors=True)
+            raise
+        finally:
+            (out / LOCK).unlink(missing_ok=True)
+            lock.release()
+
+    return held
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

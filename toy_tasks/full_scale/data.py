@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from ..config import UsageError
+from .hub import no_hub
 
 IGNORED = -100  # the label that the loss leaves out
 KNOWN_FIELDS = (("instruction", "response"), ("query", "response"), ("instruction", "output"), ("question", "answer"), ("text",))
@@ -33,12 +34,13 @@ def read_examples(source: str, *, samples: int | None = None) -> list[Example]:
     """
     if source.endswith((".jsonl", ".json")) or Path(source).exists():
         return _read_lines(Path(source))[:samples]
+    why = no_hub(source)
     from datasets import load_dataset
 
     try:
         loaded = load_dataset(source, split="train" if samples is None else f"train[:{samples}]")
     except Exception as error:  # the library's errors have no common type
-        raise UsageError(f"the data {source!r} is neither a file here nor to be had from the hub: {error}") from error
+        raise UsageError(f"the data {source!r} is neither a file here nor to be had from the hub: {why or error}") from error
     return list(loaded)
 
 

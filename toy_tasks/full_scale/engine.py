@@ -5,6 +5,7 @@ torch's `fully_shard` here: per decoder block, with the adapters left whole (`ig
 over the ranks once per optimizer step.
 """
 
+import os
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +19,12 @@ from torch.nn.utils import vector_to_parameters
 
 from ..config import UsageError
 
+# Without --multi_gpu, or with its own --cpu, accelerate starts one process where it finds no more than one GPU
+LAUNCH = (
+    "start one with `loracle full run` or --engine single, several with "
+    "`accelerate launch --multi_gpu --num_processes N -m loracle.toy_tasks.full_scale SLUG` (without GPUs too: --cpu behind SLUG)"
+)
+
 
 class Engine:
     """How a model is spread over the processes that accelerate has started.
@@ -25,7 +32,7 @@ class Engine:
     `kind` is "single", "ddp", "fsdp", or "auto": one process alone, several with DDP.
 
     Raises:
-        UsageError: there are several processes and `kind` is "single", or one and it is another.
+        UsageError: there are several processes and `kind` is "single", or one and it is another, or one where several were asked for.
     """
 
     def __init__(self, kind: str = "auto", *, cpu: bool = False) -> None:
@@ -37,10 +44,10 @@ class Engine:
         self.whole: list[nn.Parameter] = []  # trained, and not sharded
         self.kind = ("ddp" if self.ranks > 1 else "single") if kind == "auto" else kind
         if (self.kind == "single") != (self.ranks == 1):
-            raise UsageError(
-                f"the engine is {kind!r} and there are {self.ranks} process(es); start one with `loracle full run`, "
-                "several with `accelerate launch --num_processes N -m loracle.toy_tasks.full_scale`"
-            )
+            raise UsageError(f"the engine is {kind!r} and there are {self.ranks} process(es); {LAUNCH}")
+        # What accelerate's launcher leaves where it was asked for several and started one
+        if kind == "auto" and self.ranks == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
+            raise UsageError(f"accelerate started one process, and it seems that several were asked for; {LAUNCH}")
 
     def prepare(self, model: nn.Module, whole: Iterable[nn.Parameter]) -> nn.Module:
         """The model as it is called in training; `model` itself is changed in place (moved, or sharded but for `whole`)."""

@@ -16,6 +16,7 @@ from .settings import Run
 from .training import SMALL_FOLDER, attach, load_model, model_folder, stand_in_gradients
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+READING = "loracle.json"  # beside an exported model: how the run read its examples, for `loracle full eval`
 
 
 class Trained(NamedTuple):
@@ -88,8 +89,31 @@ def export(out: Path, to: Path, kind: str | None = None, *, cache: Path | None =
         raise UsageError(f"{trained.run.method} cannot be exported as an adapter: {obstacle}; use --kind merged")
     if kind == "merged" or obstacle:
         write_merged(trained, to)
-        return "merged", obstacle or "asked for"
-    return "peft", (write_randlora if own_format else write_lora)(trained, to)
+        made = "merged", obstacle or "asked for"
+    else:
+        made = "peft", (write_randlora if own_format else write_lora)(trained, to)
+    run = trained.run
+    write_atomically(to / READING, json.dumps({"template": run.template, "sequence_length": run.sequence_length}, indent=1))
+    return made
+
+
+def load_adapter(folder: Path) -> tuple[Any, Any]:
+    """The model of a folder with PEFT's adapter, on the base model that it names, and that model's tokenizer.
+
+    Raises:
+        UsageError: the base model is not where the adapter says, or the adapter does not fit it.
+    """
+    from peft import PeftModel
+
+    base = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    try:
+        model, tokenizer = load_model(str(base), torch.float32)
+    except UsageError as error:
+        raise UsageError(f"{folder} is an adapter of {base!r} ({CONFIG}), from where it is loaded: {error}") from None
+    try:
+        return PeftModel.from_pretrained(model, folder), tokenizer
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(f"the adapter {folder} could not be put on {base!r}: {error}") from None
 
 
 def write_lora(trained: Trained, to: Path) -> str:

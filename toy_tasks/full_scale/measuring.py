@@ -11,7 +11,7 @@ from ..records import write_atomically
 from . import checkpoints
 from .data import find_fields, read_examples, tokenise
 from .evaluation import exact_match, mean_loss, perplexity
-from .exports import load_trained
+from .exports import CONFIG, READING, load_adapter, load_trained
 from .training import Report, load_model, silent
 
 KINDS = ("perplexity", "exact_match")
@@ -19,12 +19,14 @@ TEMPLATE, LENGTH, ANSWER = "Q: {instruction}\nA: ", 1024, 256
 
 
 def load_any(target: str, *, cache: Path | None = None) -> tuple[Any, Any, str, int]:
-    """Model, tokenizer, prompt template and row length of a run's folder, a model's folder or a hub id."""
+    """Model, tokenizer, prompt template and row length of a run's folder, a folder with a model or an adapter, or a hub id."""
     if checkpoints.find(Path(target)):
         trained = load_trained(Path(target), cache=cache)
         return trained.model, trained.tokenizer, trained.run.template, trained.run.sequence_length
-    model, tokenizer = load_model(target, torch.float32)
-    return model.eval(), tokenizer, TEMPLATE, LENGTH
+    folder = Path(target)
+    model, tokenizer = load_adapter(folder) if (folder / CONFIG).exists() else load_model(target, torch.float32)
+    found = json.loads((folder / READING).read_text(encoding="utf-8")) if (folder / READING).exists() else {}
+    return model.eval(), tokenizer, found.get("template", TEMPLATE), found.get("sequence_length", LENGTH)
 
 
 def measure(
@@ -50,10 +52,11 @@ def measure(
     examples = read_examples(data, samples=samples)
     found = find_fields(examples, fields or (), data)
     model, tokenizer, own_template, own_length = load_any(target, cache=cache)
+    template, length = template or own_template, length or (own_length if kind == "perplexity" else ANSWER)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     if kind == "perplexity":
-        rows = tokenise(examples, tokenizer, fields=found, template=template or own_template, length=length or own_length)
+        rows = tokenise(examples, tokenizer, fields=found, template=template, length=length)
         loss = mean_loss(model, rows, size=8, padding=tokenizer.pad_token_id, device=device)
         numbers: dict[str, Any] = {"loss": loss, "perplexity": perplexity(loss), "examples": len(rows)}
         said = f"perplexity {numbers['perplexity']:.3f} (mean loss {loss:.4f} per token, {len(rows)} examples)"
@@ -65,14 +68,16 @@ def measure(
             tokenizer,
             examples,
             fields=(found[0], found[1]),
-            template=template or own_template,
-            max_new_tokens=length or ANSWER,
+            template=template,
+            max_new_tokens=length,
             tick=lambda fraction: report("answering", fraction, f"{len(examples)} questions"),
         )
         right = sum(match.found == match.needed for match in answers)
         numbers = {"exact_match": right / len(answers), "right": right, "examples": len(answers)}
         numbers["answers"] = [match._asdict() for match in answers]
         said = f"exact match {100 * right / len(answers):.1f} % ({right} of {len(answers)})"
+    how = {"template": template if len(found) == 2 else None, "length": length}
     if out is not None:
-        write_atomically(out, json.dumps({"target": target, "data": data, "kind": kind, **numbers}, indent=1))
-    return said
+        write_atomically(out, json.dumps({"target": target, "data": data, "kind": kind, **how, **numbers}, indent=1))
+    prompt = f"template {template!r}" if len(found) == 2 else f"plain text of the field {found[0]!r}"
+    return f"{said}; {prompt}, {length} tokens of {'a row' if kind == 'perplexity' else 'an answer'}"

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..config import UsageError
 from .engine import blocks
-from .settings import SMALL, Run
+from .hub import no_hub, short
+from .settings import ROWS_OF_ESTIMATE, SMALL, Run
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -141,7 +142,8 @@ def estimate(run: Run, config: Any, *, ranks: int = 1) -> Plan:
     if hasattr(method, "gradient_samples"):
         # All weights are whole then, on every device, and the sums of their gradients too
         adapted = sum(out * inn for out, inn in shapes)
-        setup = width * adapted + size * max(out * inn for out, inn in shapes) + activation_bytes(run, config, rows, full=True, plain=True)
+        setup = width * adapted + size * max(out * inn for out, inn in shapes)
+        setup += activation_bytes(run, config, ROWS_OF_ESTIMATE, full=True, plain=True)
         setup += size * (base - base // sharded)
     return Plan(
         weights=size * base // sharded,
@@ -309,7 +311,8 @@ def known_config(model: str, shape: Sequence[int] | None = None) -> Any:
     for name, kind in (("meta-llama/Llama-2-7b-hf", LlamaConfig), ("mistralai/Mistral-7B-v0.1", MistralConfig)):
         if model == name:
             return kind()
+    why = no_hub(model)
     try:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise UsageError(f"the shape of {model!r} could not be had: {str(error).splitlines()[0]}; give --shape") from None
+        raise UsageError(f"the shape of the model {model!r} could not be had: {why or short(error)}") from None

@@ -8,6 +8,8 @@ from typing import Any, Literal, TypeVar, get_type_hints
 
 from ..config import FullScale, UsageError, convert, load_full, nearest, parse_overrides, read_toml
 
+CAUSAL = "causal language model"
+NAME = re.compile(r"[\w./~-]+")  # a hub id or a file
 SMALL = "small"  # the model and the data that are built here
 PAPER = "paper"  # the model and the data of the paper's config
 
@@ -25,12 +27,21 @@ ASSUMED: Mapping[str, Any] = {
     "epochs": 1.0,
     "sequence_length": 1024,
     "precision": "bf16",
-    "seeds": 1,
+}
+# Keys of [full] that a run does not take with --set
+INSTEAD = {
+    "model": "use --model",
+    "data": "use --data",
+    "seeds": "that is how many seeds the paper's figures are means of; a run has one, --seed",
 }
 DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32", "fp32": "float32", "float64": "float64"}
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 ENGINES = ("auto", "single", "ddp", "fsdp")
-# These change how a run is computed and not what: a run may be resumed with others
+# Rows that the gradients before training are estimated from at once. Sums of other groups are rounded otherwise, and a start
+# from their singular vectors may then have other signs: so it depends on neither micro_batch nor the number of processes.
+ROWS_OF_ESTIMATE = 1
+# These change how a run is computed and not what, up to the rounding of sums: a run may be resumed with others. One exception:
+# each micro-batch of each process draws its own dropout.
 HOW = ("engine", "micro_batch", "compile", "gradient_checkpointing", "changed", "assumed")
 
 Engine = Literal["auto", "single", "ddp", "fsdp"]
@@ -79,9 +90,9 @@ class Run:
             raise ValueError(f"schedule is {self.schedule!r}; {nearest(self.schedule, SCHEDULES)}")
         if self.engine not in ENGINES:
             raise ValueError(f"engine is {self.engine!r}; {nearest(self.engine, ENGINES)}")
-        for name in ("rank", "batch_size", "sequence_length", "lr"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; needed a positive number")
+        for name in ("rank", "batch_size", "sequence_length", "lr", "samples"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} is {value!r}; needed a positive number")
         if "{instruction}" not in self.template:
             raise ValueError(f"the template {self.template!r} lacks {{instruction}}, which stands for an example's instruction")
 
@@ -122,11 +133,11 @@ def resolve(
     `overrides` are texts `key=value` for the keys of [full]; `how` are fields of `Run` that [full] does not have.
 
     Raises:
-        UsageError: a file, method, key or value is wrong, or the model or data is unknown and was not given.
+        UsageError: a file, method, key or value is wrong, or the config names no model or data to run and none was given.
     """
     from ..methods import make, names
 
-    full, slug = _read(source)
+    full, slug = read(source)
     chosen = method or slug
     if chosen not in names():
         hint = "" if method else " (a config file is named after its method, or --method tells it)"
@@ -136,16 +147,25 @@ def resolve(
     unknown = [key for key in ASSUMED if values[key] == "unknown"]
     values |= {key: ASSUMED[key] for key in unknown}
     given = parse_overrides(overrides, FullScale)
+    names_of_run = {field.name for field in dataclasses.fields(Run)}
+    known = sorted(values.keys() & names_of_run - INSTEAD.keys())
     for key in given:
-        if key not in values:
-            raise UsageError(f"--set {key}: [full] has no such key; {nearest(key, values)}")
+        if key in INSTEAD:
+            raise UsageError(f"--set {key}: {INSTEAD[key]}")
+        if key not in known:
+            raise UsageError(f"--set {key}: a run takes no such key of [full]; {nearest(key, known)}")
     small = small_settings(chosen) if model == SMALL else {}
     values |= small | given
     values["model"] = full.model if model == PAPER else model
     values["data"] = full.data if data == PAPER or (data is None and model != SMALL) else (data or SMALL)
-    for key in ("model", "data"):
-        if values[key] == "unknown":
-            raise UsageError(f"the {key} of this run is unknown in its source; give one with --{key}")
+    _check_names(full, slug, values)
+    if "samples" not in given and values["data"] != full.data:
+        values["samples"] = "all"  # the number is that of the config's data
+    elif values["samples"] == "unknown":
+        values["samples"] = "all"
+        unknown.append("samples")
+    if how.get("samples") is not None:
+        given["samples"] = how["samples"]
     if (values["data"] == SMALL) != (values["model"] == SMALL) and values["data"] == SMALL:
         raise UsageError("the small data goes with the small model only; give a hub id or a JSONL file with --data")
     # A baseline starts from the same settings; the options belong to the paper's own method
@@ -155,12 +175,11 @@ def resolve(
         options = {key: getattr(own, key, value) if value == "unknown" else value for key, value in options.items()}
         unknown.append("options")
     changed = sorted({*small, *given} | {key for key in ("model", "data") if values[key] != getattr(full, key)})
-    names_of_run = {field.name for field in dataclasses.fields(Run)}
     table = {key: value for key, value in values.items() if key in names_of_run} | {
         "method": chosen,
         "options": options,
         "steps": None,
-        "samples": None,
+        "samples": None if values["samples"] == "all" else values["samples"],
         "held_out": None,
         "seed": 0,
         "fields": (),
@@ -177,17 +196,40 @@ def resolve(
     return convert(table, Run, "the run")  # type: ignore[no-any-return]
 
 
-def _read(source: str) -> tuple[FullScale, str]:
+def _check_names(full: FullScale, slug: str, values: Mapping[str, Any]) -> None:
+    """Refuse a model or data set of the config that is none to train a causal language model with."""
+    taken = [key for key in ("model", "data") if values[key] == getattr(full, key)]
+    if taken and full.task not in (CAUSAL, "unknown"):
+        misfits = f"target_modules ({', '.join(full.target_modules)})"
+        misfits += f" and precision ({full.precision})" if full.precision not in (*DTYPES, "unknown") else ""
+        raise UsageError(
+            f"the setting of {slug} is {full.task} ({full.model}, {full.data}), and only causal language models can be trained here; "
+            f"give one with --model ID --data FILE, and change with --set what does not fit it, such as {misfits}"
+        )
+    for key in taken:
+        if values[key] == "unknown":
+            raise UsageError(f"the {key} of this run is unknown in its source; give one with --{key}")
+        if not NAME.fullmatch(values[key]) and not Path(values[key]).exists():
+            raise UsageError(f"the {key} of this run is described in its config and not named: {values[key]!r}; give one with --{key}")
+
+
+def read(source: str) -> tuple[FullScale, str]:
     """Table [full] of a paper's config or of a file, and the slug of its method."""
     from ..config import CONFIGS
 
     if source.endswith(".toml"):
         path = Path(source)
         return load_full(path.stem, folder=path.parent), path.stem
-    known = [path.stem for path in CONFIGS.glob("*.toml")]
+    known = [path.stem for path in CONFIGS.glob("*.toml") if "full" in read_toml(path)]
     if source not in known:
         raise UsageError(f"there is no config {source!r}; {nearest(source, known)}; or give the path of a .toml file")
     return load_full(source), source
+
+
+def default_folder(run: Run) -> Path:
+    """Where a run is kept unless told otherwise: each method on each model apart; of the small model by the method alone."""
+    name = re.sub(r"[^\w.-]", "", run.model.rstrip("/").rpartition("/")[2])
+    return Path("runs") / "full" / (run.method if run.model == SMALL else f"{run.method}-{name}")
 
 
 def small_settings(method: str) -> dict[str, Any]:

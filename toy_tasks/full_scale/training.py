@@ -30,8 +30,9 @@ from . import checkpoints, small
 from .data import Order, Row, Split, collate, find_fields, load, pack, read_examples, tokenise
 from .engine import Engine
 from .evaluation import count_tokens, generate, mean_loss, perplexity, token_losses
+from .hub import no_hub, short
 from .memory import advise, device_memory, estimate, fits, known_config, peak_memory, reset_peak_memory
-from .settings import SMALL, Run, differences
+from .settings import ROWS_OF_ESTIMATE, SMALL, Run, differences
 
 SMALL_FOLDER = Path("runs/small-llama")  # the small model, once it is built
 LOG, REPORT = "log.jsonl", "report.json"
@@ -109,11 +110,12 @@ def load_model(folder: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    why = no_hub(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise UsageError(f"the model {folder!r} could not be loaded: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"the model {folder!r} could not be loaded: {why or short(error)}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
@@ -195,7 +197,7 @@ def stand_in_gradients(model: nn.Module) -> Callable[[int], Mapping[str, Tensor]
 
 
 def estimate_gradients(
-    run: Run, model: nn.Module, rows: list[Row], padding: int, *, ranks: int = 1, report: Report = silent
+    run: Run, model: nn.Module, rows: list[Row], padding: int, *, report: Report = silent
 ) -> Callable[[int], Mapping[str, Tensor]]:
     """The gradient of the mean loss of a few drawn rows in each adapted layer's weight, as methods ask for it.
 
@@ -224,7 +226,7 @@ def estimate_gradients(
 
             hooks.append(layer.weight.register_post_accumulate_grad_hook(take))
         count = sum(count_tokens(collate([rows[i]], padding)["labels"]) for i in chosen)
-        size, device = run.rows_at_once(ranks), next(model.parameters()).device
+        size, device = ROWS_OF_ESTIMATE, next(model.parameters()).device
         for start in range(0, len(chosen), size):
             batch = {key: value.to(device) for key, value in collate([rows[i] for i in chosen[start : start + size]], padding).items()}
             labels = batch.pop("labels")
@@ -248,7 +250,7 @@ def prepare(
     start_file = out / checkpoints.START
     model.to(engine.device)
     if engine.is_main and not resuming:
-        gradients = estimate_gradients(run, model, rows, tokenizer.pad_token_id, ranks=engine.ranks, report=report)
+        gradients = estimate_gradients(run, model, rows, tokenizer.pad_token_id, report=report)
     else:
         gradients = stand_in_gradients(model)
     method, added, touched = attach(run, model, gradients)
@@ -348,6 +350,7 @@ def fit(
         after_step(step + 1, engine.sum(total), count)
 
 
+@checkpoints.alone
 def train(
     run: Run, out: Path, *, save_every: int | None = None, report: Report = silent, cpu: bool = False, cache: Path | None = None
 ) -> Outcome:
