@@ -138,13 +138,12 @@ def estimate(run: Run, config: Any, *, ranks: int = 1) -> Plan:
     if sharded > 1:
         whole = [sum(p.numel() for p in block.parameters()) for block in blocks(model)]
         gathered = size * (2 * max(whole) + base - sum(whole))  # the next block is fetched while one computes
-    setup = 0
-    if hasattr(method, "gradient_samples"):
-        # All weights are whole then, on every device, and the sums of their gradients too
+    # Every device has all weights until they are sharded
+    setup = size * (base - base // sharded)
+    if hasattr(method, "gradient_samples"):  # the sums of the weights' gradients besides
         adapted = sum(out * inn for out, inn in shapes)
-        setup = width * adapted + size * max(out * inn for out, inn in shapes)
+        setup += width * adapted + size * max(out * inn for out, inn in shapes)
         setup += activation_bytes(run, config, ROWS_OF_ESTIMATE, full=True, plain=True)
-        setup += size * (base - base // sharded)
     return Plan(
         weights=size * base // sharded,
         adapters=0 if full else width * trained + size * frozen,
