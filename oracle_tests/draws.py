@@ -35,7 +35,7 @@ def assert_normal(values: np.ndarray, width: float, what: str) -> None:
     assert np.abs(z).max() > 2, f"none of the {z.size} entries of {what} exceeds two standard deviations: no Gaussian"
 
 
-def seeded(draw: Callable[[int], Any], seed: int, *names: str) -> Any:
+def assert_seeded(draw: Callable[[int], Any], seed: int, *names: str) -> Any:
     """What `draw(seed)` returns, after asserting that the seed repeats it and that the next seed changes it.
 
     `names`: the parts of the result to look at; or, where it is one array, what to call that.

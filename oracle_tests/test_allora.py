@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
-from loracle.oracle_tests.draws import assert_normal, assert_uniform, seeded
+from loracle.oracle_tests.draws import assert_normal, assert_seeded, assert_uniform
 from loracle.oracle_tests.expected import assert_linear, outer_sum
 from loracle.oracle_tests.law import assert_close, law, of, theorem
 from loracle.oracle_tests.loading import Derivation
@@ -974,7 +974,7 @@ def starts(draw: st.DrawFn) -> Start:
     examples=5,
 )
 def test_start(impl, case):
-    A, B = seeded(lambda seed: impl.init(W0=case.W0, rank=case.rank, generator=seed), case.seed, "A")
+    A, B = assert_seeded(lambda seed: impl.init(W0=case.W0, rank=case.rank, generator=seed), case.seed, "A")
     assert_close(B, np.zeros((len(case.W0), case.rank)), size=0, what="B at the start")
     assert_uniform(A, 1 / np.sqrt(A.shape[1]), "A")
 
@@ -990,7 +990,7 @@ def test_start(impl, case):
 )
 def test_gaussian_start(impl, case):
     options = {"W0": case.W0, "rank": case.rank, "distribution": "gaussian"}
-    A, B = seeded(lambda seed: impl.init(generator=seed, **options), case.seed, "A")
+    A, B = assert_seeded(lambda seed: impl.init(generator=seed, **options), case.seed, "A")
     assert_close(B, np.zeros((len(case.W0), case.rank)), size=0, what="B at the start")
     assert_normal(A, 1 / np.sqrt(case.rank), "A")
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
-from loracle.oracle_tests.draws import assert_uniform, seeded
+from loracle.oracle_tests.draws import assert_seeded, assert_uniform
 from loracle.oracle_tests.expected import assert_linear
 from loracle.oracle_tests.law import assert_close, law, theorem
 from loracle.oracle_tests.loading import Derivation
@@ -176,7 +176,7 @@ def draws(draw: st.DrawFn) -> Draws:
 def test_draw_of_the_start(impl, case):
     A = np.stack([_start(impl, case, i).A for i in range(20)])
     assert_uniform(A, 1 / np.sqrt(case.W0.shape[1]), "A")
-    seeded(lambda i: _start(impl, case, i), 0, "A")
+    assert_seeded(lambda i: _start(impl, case, i), 0, "A")
 
 
 # Forward and merge

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
-from loracle.oracle_tests.draws import assert_normal, assert_uniform, seeded
+from loracle.oracle_tests.draws import assert_normal, assert_seeded, assert_uniform
 from loracle.oracle_tests.expected import assert_linear
 from loracle.oracle_tests.law import assert_close, law, of, theorem
 from loracle.oracle_tests.loading import Derivation
@@ -373,7 +373,7 @@ def draws(draw: st.DrawFn) -> Draw:
 def test_noise(impl, case):
     for name, assert_drawn in (("normal", assert_normal), ("uniform", assert_uniform)):
         options = {"W0": case.W0, "rank": case.rank, "distribution": name}
-        e = seeded(lambda seed, options=options: impl.draw_noise(generator=seed, **options), case.seed, "noise")
+        e = assert_seeded(lambda seed, options=options: impl.draw_noise(generator=seed, **options), case.seed, "noise")
         assert_drawn(e, 1.0, f"{name} noise")
     plain = impl.draw_noise(W0=case.W0, rank=case.rank, generator=case.seed)
     assert np.abs(plain).max() > 1, "without a name the noise is not normal"

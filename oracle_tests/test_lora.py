@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
-from loracle.oracle_tests.draws import assert_normal, assert_uniform, seeded
+from loracle.oracle_tests.draws import assert_normal, assert_seeded, assert_uniform
 from loracle.oracle_tests.expected import assert_linear, outer_sum
 from loracle.oracle_tests.law import assert_close, law, theorem
 from loracle.oracle_tests.loading import Derivation
@@ -567,7 +567,7 @@ def test_scale_of_the_first_update(impl, case):
     examples=5,
 )
 def test_seed_of_the_start(impl, case):
-    seeded(lambda seed: impl.init(W0=case.W0, rank=case.rank, generator=seed), case.seed, "A")
+    assert_seeded(lambda seed: impl.init(W0=case.W0, rank=case.rank, generator=seed), case.seed, "A")
 
 
 @law(
@@ -673,7 +673,7 @@ class MaskCase(NamedTuple):
     examples=5,
 )
 def test_mask(impl, case):
-    mask = seeded(lambda seed: impl.draw_mask(x=case.x, p=case.p, generator=seed), case.seed, "mask")
+    mask = assert_seeded(lambda seed: impl.draw_mask(x=case.x, p=case.p, generator=seed), case.seed, "mask")
     assert mask.dtype == bool, f"the mask has dtype {mask.dtype}; needed boolean, True where the entry is kept"
     width = np.sqrt(case.p * (1 - case.p))
     assert_close(mask.mean(), 1 - case.p, within=6 * width / np.sqrt(mask.size), what="share of kept entries")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
-from loracle.oracle_tests.draws import assert_normal, seeded
+from loracle.oracle_tests.draws import assert_normal, assert_seeded
 from loracle.oracle_tests.expected import outer_sum, space_conditioning, truncated
 from loracle.oracle_tests.law import assert_close, law, theorem
 from loracle.oracle_tests.problems import LinearRegression, LogisticRegression, slope
@@ -858,7 +858,7 @@ def sketch_cases(draw: st.DrawFn) -> SketchCase:
 def test_sketch(impl, case):
     small = min(case.G.shape)
     for rank, width in ((4, 16), (12, small)):
-        sketch = seeded(lambda seed, rank=rank: impl.draw_sketch(G=case.G, rank=rank, generator=seed), case.seed, "sketch")
+        sketch = assert_seeded(lambda seed, rank=rank: impl.draw_sketch(G=case.G, rank=rank, generator=seed), case.seed, "sketch")
         assert sketch.shape == (small, width), f"for rank {rank} the sketch has shape {sketch.shape}; needed {(small, width)}"
         assert_normal(sketch, 1.0, "the sketch")
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
-from loracle.oracle_tests.draws import assert_normal, seeded
+from loracle.oracle_tests.draws import assert_normal, assert_seeded
 from loracle.oracle_tests.expected import assert_linear, core_sum, space_conditioning, truncated
 from loracle.oracle_tests.law import assert_close, law, theorem
 from loracle.oracle_tests.loading import Derivation
@@ -782,7 +782,7 @@ def draws(draw: st.DrawFn) -> Draw:
 def test_draw_of_xs(impl, case):
     for sigma, given in ((case.sigma, {"sigma": case.sigma}), (1e-5, {})):
         options = {"W0": case.W0, "rank": case.rank, **given}
-        start = seeded(lambda seed, options=options: impl.init_xs(generator=seed, **options), case.seed, "R")
+        start = assert_seeded(lambda seed, options=options: impl.init_xs(generator=seed, **options), case.seed, "R")
         assert_normal(start.R, sigma, "R")
 
 
@@ -898,7 +898,7 @@ def sketch_cases(draw: st.DrawFn) -> SketchCase:
 )
 def test_sketch(impl, case):
     for rank in (12, 16):
-        sketch = seeded(lambda seed, rank=rank: impl.draw_sketch(update=case.update, rank=rank, generator=seed), case.seed, "sketch")
+        sketch = assert_seeded(lambda seed, rank=rank: impl.draw_sketch(update=case.update, rank=rank, generator=seed), case.seed, "sketch")
         assert sketch.shape == (case.update.shape[1], rank), f"for rank {rank} the sketch has shape {sketch.shape}"
         assert_normal(sketch, 1.0, "the sketch")
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
-from loracle.oracle_tests.draws import assert_normal, assert_uniform, seeded
+from loracle.oracle_tests.draws import assert_normal, assert_seeded, assert_uniform
 from loracle.oracle_tests.expected import assert_linear, core_sum
 from loracle.oracle_tests.law import assert_close, law, of, theorem
 from loracle.oracle_tests.loading import Derivation
@@ -489,7 +489,7 @@ def test_draws_of_slora(impl, case):
 def test_gaussian_draws_of_slora(impl, case):
     for distribution, core in (("gaussian", "kaiming"), ("kaiming", "gaussian")):
         words = {"W0": case.W0, "rank": case.rank, "distribution": distribution, "core": core}
-        A, N, _ = seeded(lambda seed, words=words: impl.init_slora(generator=seed, **words), case.seed, "A", "N")
+        A, N, _ = assert_seeded(lambda seed, words=words: impl.init_slora(generator=seed, **words), case.seed, "A", "N")
         if distribution == "gaussian":
             assert_normal(A, 1 / case.rank, "A")
             assert_uniform(N, 1 / np.sqrt(case.rank), "N")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
-from loracle.oracle_tests.draws import seeded
+from loracle.oracle_tests.draws import assert_seeded
 from loracle.oracle_tests.expected import assert_linear
 from loracle.oracle_tests.law import TooCoarse, assert_close, law, of, theorem
 from loracle.oracle_tests.loading import Derivation
@@ -892,7 +892,7 @@ def draws(draw: st.DrawFn) -> Draw:
 
 def _assert_pair(draw, seed):
     """Assert that a seed repeats a pair, another changes it, and that its parts are drawn one after the other."""
-    A, B = seeded(draw, seed, "A", "B")
+    A, B = assert_seeded(draw, seed, "A", "B")
     for order in (B.ravel(), B.transpose(1, 0, 2).ravel(), B.transpose(0, 2, 1).ravel()):
         same = np.mean(np.sign(order[: A.size]) == np.sign(A.ravel()))
         assert same < 0.95, "A and B begin with the same numbers"

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from loracle.oracle_tests.draws import assert_normal, assert_uniform, seeded
+from loracle.oracle_tests.draws import assert_normal, assert_seeded, assert_uniform
 from loracle.oracle_tests.law import Law, Ledger, measuring
 
 COUNT = 960
@@ -29,7 +29,7 @@ def test_right_draws_pass():
     for seed in range(500):
         assert_uniform(0.3 * uniform(seed)[:450], 0.3, "A")
         assert_normal(0.3 * normal(seed)[:450], 0.3, "A")
-    np.testing.assert_array_equal(seeded(uniform, 3, "A"), uniform(3))
+    np.testing.assert_array_equal(assert_seeded(uniform, 3, "A"), uniform(3))
 
 
 @pytest.mark.parametrize(
@@ -64,9 +64,9 @@ def test_what_is_not_normal(values, message):
 
 def test_what_the_seed_does_not_decide():
     with pytest.raises(AssertionError, match="two seeds gave the same A; draw from the argument `generator`"):
-        seeded(lambda seed: uniform(), 3, "A")
+        assert_seeded(lambda seed: uniform(), 3, "A")
     with pytest.raises(AssertionError, match="two seeds gave the same B"):
-        seeded(lambda seed: SimpleNamespace(A=uniform(seed), B=uniform()), 3, "A", "B")
+        assert_seeded(lambda seed: SimpleNamespace(A=uniform(seed), B=uniform()), 3, "A", "B")
     rng = np.random.default_rng()
     with pytest.raises(AssertionError, match="A from the same seed"):
-        seeded(lambda seed: rng.uniform(size=COUNT), 3, "A")
+        assert_seeded(lambda seed: rng.uniform(size=COUNT), 3, "A")
