@@ -182,15 +182,18 @@ def test_settings_that_do_not_fit_are_refused(override):
 
 
 def test_rates_are_not_chosen_on_the_test_samples(clip, monkeypatch):
-    """With test samples of other classes the accuracy is another, and the chosen rates are the same."""
-    trial = Trial((0, 1))
+    """Where the accuracies on the test samples are turned round, the chosen rates are the same, and the reported numbers are not."""
+
+    def turned_round(stack, x, params):
+        found = clip.accuracy(stack, x, params)
+        return 100 - found if torch.equal(x[:2], clip.test) else found
+
     other = copy.copy(clip)
-    other.test = clip.test.roll(clip.config.test_samples, dims=1)
+    other.accuracy = turned_round
     found = []
     for given in (clip, other):
         monkeypatch.setattr(block_lora, "_clip", lambda *_, given=given: given)
-        found.append(block_lora.run_rates(clip.config, trial).values)
-    names = [name for name in found[0] if name.endswith(".lr")]
-    assert names
-    assert all(found[0][name] == found[1][name] for name in names)
-    assert found[0]["block.accuracy"] != found[1]["block.accuracy"]
+        found.append(block_lora.run_rates(clip.config, Trial((0, 1))).values)
+    for name in ("block", "lora", "large"):
+        assert found[0][f"{name}.lr"] == found[1][f"{name}.lr"]
+        np.testing.assert_allclose(found[0][f"{name}.accuracy"], 100 - np.array(found[1][f"{name}.accuracy"]))

@@ -5,10 +5,9 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from loracle.oracle_tests.promises import follows_the_global_generator, promise, refuses
-from loracle.oracle_tests.promises.layers import check_merging, check_precise_factors, randn
+from loracle.oracle_tests.promises.layers import Largest, check_merging, check_precise_factors, randn
 
 # The set-up functions that read values, and of which arguments
 FINITE = {"init": ("W0",), "merge": ("W0", "A", "B"), "unmerge": ("W", "A", "B")}
@@ -197,20 +196,6 @@ def moments_like_the_factors(module):
     assert [m.shape for m in state] == [(2, 5), (4, 2), (2, 5), (4, 2)]
 
 
-class _Largest(TorchDispatchMode):
-    """Remembers the entries of the largest tensor that an operation made, other than a view of one of its arguments."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
-            if result.untyped_storage().data_ptr() not in given:
-                self.entries = max(self.entries, result.numel())
-        return result
-
-
 @promise(
     "Neither the row norms nor the backward pass of a few samples make a matrix of the weight's size.",
     of=("row_norms", "row_scale", "backward", "_factor_gradients", "_per_row", "dropout_penalty", "_Adapter", "ALLoRALinear"),
@@ -232,7 +217,7 @@ def no_matrix_of_the_weight(module):
         train,
         *(lambda kind=kind: module.backward(grad_y, x, W0, A, B, 2.0, kind=kind) for kind in ("row", "matrix", "output", "none")),
     ):
-        with _Largest() as largest:
+        with Largest() as largest:
             call()
         assert 0 < largest.entries <= rank * in_, f"a tensor of {largest.entries} entries was made for a weight of {W0.numel()}"
 

@@ -1,6 +1,10 @@
-"""What the layers of several papers promise alike. A check takes a layer and the update that it adds to its frozen weight."""
+"""What the layers of several papers promise alike: a check takes a layer and the update that it adds to its frozen weight.
+
+`Largest` watches what any code makes.
+"""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def randn(*shape):
@@ -59,3 +63,17 @@ def check_precise_factors(layer, names, update):
     merged = layer.base.weight.clone()
     layer.unmerge()
     assert torch.equal(layer.base.weight, (merged - change).bfloat16())
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the entries of the largest tensor that an operation made, other than a view of one of its arguments."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+            if result.untyped_storage().data_ptr() not in given:
+                self.entries = max(self.entries, result.numel())
+        return result
