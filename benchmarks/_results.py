@@ -35,5 +35,5 @@ def median_ratio(ours: list[float], theirs: list[float]) -> tuple[float, tuple[f
     """The median of ratios of times that were taken in pairs, and its 95 % interval, from the ratios' order alone."""
     ratios = sorted(one / other for one, other in zip(ours, theirs, strict=True))
     # As many ratios lie below the true median as heads in n throws: n / 2 with standard deviation sqrt(n) / 2
-    first = max(0, math.floor(len(ratios) / 2 - 0.98 * math.sqrt(len(ratios))))
-    return statistics.median(ratios), (ratios[first], ratios[-1 - first])
+    first = max(1, math.floor(len(ratios) / 2 - 0.98 * math.sqrt(len(ratios))))
+    return statistics.median(ratios), (ratios[first - 1], ratios[-first])
