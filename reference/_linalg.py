@@ -26,3 +26,15 @@ def randomised_svd(
     # M is close to Q (Q^T M), and the transposed second factor is the cheaper one to decompose
     V, S, Uh = torch.linalg.svd((Q.mT @ M).mT, full_matrices=False)
     return Q @ Uh.mT, S, V.mT
+
+
+def eigh_together(matrices: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Eigenvalues, ascending, and eigenvectors of each symmetric matrix or batch: one call for all of equal shape, dtype and device."""
+    alike: dict[object, list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        alike.setdefault((matrix.shape, matrix.dtype, matrix.device), []).append(i)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for places in alike.values():
+        values, vectors = torch.linalg.eigh(torch.stack([matrices[i] for i in places]))
+        found |= zip(places, zip(values, vectors, strict=True), strict=True)
+    return [found[i] for i in range(len(matrices))]

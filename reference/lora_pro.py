@@ -35,8 +35,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ._adapters import map_alike
-from ._checks import check_choice, check_finite, check_shapes
-from ._linalg import working
+from ._checks import check_choice, check_factors, check_shapes
+from ._linalg import eigh_together, working
 from ._paper import Paper
 from .lora import Factors, Gradients, LoRALinear, gradients
 
@@ -59,6 +59,7 @@ OutIn = Float[Tensor, "out in"]
 RankRank = Float[Tensor, "rank rank"]
 
 CHOICES = ("sylvester", "zero", "symmetry")
+Choice = str | RankRank
 
 
 class State(NamedTuple):
@@ -118,7 +119,20 @@ def _cutoff(values: Tensor) -> Tensor:
 
 def _grams(A: Tensor, B: Tensor) -> tuple[_Gram, _Gram]:
     """B^T B and A A^T, decomposed."""
-    return _Gram(*torch.linalg.eigh(B.mT @ B)), _Gram(*torch.linalg.eigh(A @ A.mT))
+    left, right = map(_Gram, *_decomposed([(A, B)])[0])
+    return left, right
+
+
+def _decomposed(factors: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Eigenvalues (2, rank) and eigenvectors (2, rank, rank) of B^T B and A A^T for each (A, B): one call for all of equal rank.
+
+    However large the layers are, these matrices are small, so that those of a whole model fit in one call.
+    """
+    grams = []
+    for A, B in factors:
+        check_shapes(A=(A, "rank in"), B=(B, "out rank"))
+        grams.append(torch.stack([factor.mT @ factor for factor in (working(B), working(A).mT)]))
+    return eigh_together(grams)
 
 
 def equivalent_gradient(grad_A: RankIn, grad_B: OutRank, A: RankIn, B: OutRank, scaling: float) -> OutIn:
@@ -135,8 +149,7 @@ def sylvester_X(grad_A: RankIn, A: RankIn, B: OutRank, scaling: float, *, delta:
     smallest one. `delta` as in `optimal_gradients`.
     """
     check_shapes(grad_A=(grad_A, "rank in"), A=(A, "rank in"), B=(B, "out rank"))
-    grad_A_, A_, B_ = map(working, (grad_A, A, B))
-    return _sylvester(grad_A_, A_, *_grams(A_, B_), scaling, delta).to(A.dtype)
+    return _sylvester(working(grad_A), working(A), *_grams(A, B), scaling, delta).to(A.dtype)
 
 
 def _sylvester(grad_A: Tensor, A: Tensor, left: _Gram, right: _Gram, scaling: float, delta: float) -> Tensor:
@@ -155,8 +168,7 @@ def symmetric_X(grad_B: OutRank, A: RankIn, B: OutRank, scaling: float, *, delta
     `grad_B` is back-propagation's; `delta` as in `optimal_gradients`.
     """
     check_shapes(grad_B=(grad_B, "out rank"), A=(A, "rank in"), B=(B, "out rank"))
-    grad_B_, A_, B_ = map(working, (grad_B, A, B))
-    return _symmetric(grad_B_, B_, *_grams(A_, B_), scaling, delta).to(A.dtype)
+    return _symmetric(working(grad_B), working(B), *_grams(A, B), scaling, delta).to(A.dtype)
 
 
 def _symmetric(grad_B: Tensor, B: Tensor, left: _Gram, right: _Gram, scaling: float, delta: float) -> Tensor:
@@ -165,7 +177,7 @@ def _symmetric(grad_B: Tensor, B: Tensor, left: _Gram, right: _Gram, scaling: fl
 
 
 def optimal_gradients(
-    grad_A: RankIn, grad_B: OutRank, A: RankIn, B: OutRank, scaling: float, *, X: str | RankRank = "sylvester", delta: float = 0.0
+    grad_A: RankIn, grad_B: OutRank, A: RankIn, B: OutRank, scaling: float, *, X: Choice = "sylvester", delta: float = 0.0
 ) -> Gradients:
     """The pair whose equivalent gradient is nearest to G, from back-propagation's pair of the same G (Theorem 1).
 
@@ -211,15 +223,7 @@ def projected_gradient(G: OutIn, A: RankIn, B: OutRank) -> OutIn:
 
 
 def sgd_step(
-    grad_A: RankIn,
-    grad_B: OutRank,
-    A: RankIn,
-    B: OutRank,
-    scaling: float,
-    *,
-    lr: float,
-    X: str | RankRank = "sylvester",
-    delta: float = 0.0,
+    grad_A: RankIn, grad_B: OutRank, A: RankIn, B: OutRank, scaling: float, *, lr: float, X: Choice = "sylvester", delta: float = 0.0
 ) -> Factors:
     """One step of gradient descent along the adjusted gradients, both taken at the old factors (Algorithm 1).
 
@@ -251,7 +255,7 @@ def step(
     beta2: float = 0.999,
     adam_eps: float = 1e-8,
     weight_decay: float = 0.0,
-    X: str | RankRank = "sylvester",
+    X: Choice = "sylvester",
     delta: float = 0.0,
 ) -> Step:
     """One AdamW step: moments of the weight's equivalent gradient, and a step of the factors nearest to Adam's (Algorithm 2).
@@ -259,9 +263,16 @@ def step(
     `t` is 1 in the first step. `X` and `delta` as in `optimal_gradients`. Weight decay shrinks W0 + s B A as a whole, so W0
     changes with it; without decay `W0` itself comes back. No (out, out) or (in, in) matrix is made.
     """
+    given = grad_A, grad_B, W0, A, B, scaling, moment1, moment2, t, lr, beta1, beta2, adam_eps, weight_decay, X, delta
+    return _step(*_decomposed([(A, B)])[0], *given)
+
+
+def _step(values: Tensor, vectors: Tensor, *given: Any) -> Step:
+    """The same with the Gram matrices `_decomposed` already; `given` are the arguments above, in order."""
+    grad_A, grad_B, W0, A, B, scaling, moment1, moment2, t, lr, beta1, beta2, adam_eps, weight_decay, X, delta = given
     check_shapes(A=(A, "rank in"), B=(B, "out rank"), W0=(W0, "out in"), moment1=(moment1, "out in"), moment2=(moment2, "out in"))
     grad_A_, grad_B_, A_, B_ = _checked(grad_A, grad_B, A, B, X)
-    left, right = _grams(A_, B_)
+    left, right = map(_Gram, values, vectors)
     # Any X gives the same equivalent gradient; X = 0 is the cheapest
     g = equivalent_gradient(*_adjusted(grad_A_, grad_B_, A_, B_, left, right, scaling, "zero", delta), A_, B_, scaling)
     direction, new_moment1, new_moment2 = _adam(g, moment1, moment2, t, beta1, beta2, adam_eps)
@@ -273,9 +284,7 @@ def step(
     return Step(W0 if weight_decay == 0 else kept * W0, new_A.to(A.dtype), new_B.to(B.dtype), new_moment1, new_moment2)
 
 
-def _adam(
-    g: Tensor, moment1: Tensor, moment2: Tensor, t: int, beta1: float, beta2: float, adam_eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _adam(g: Tensor, moment1: Tensor, moment2: Tensor, t: int, beta1: float, beta2: float, adam_eps: float) -> tuple[Tensor, ...]:
     """Adam's direction for the gradient g (Kingma and Ba, arXiv 1412.6980, Algorithm 1), and the new moments."""
     # m <- beta1 m + (1 - beta1) g and v <- beta2 v + (1 - beta2) g^2
     m = torch.add(beta1 * working(moment1), g, alpha=1 - beta1)
@@ -308,17 +317,25 @@ def step_efficient(
     beta2: float = 0.999,
     adam_eps: float = 1e-8,
     weight_decay: float = 0.0,
-    X: str | RankRank = "sylvester",
+    X: Choice = "sylvester",
     delta: float = 0.0,
 ) -> EfficientStep:
     """One step of ordinary AdamW on each adjusted gradient by itself (official `peta/optim.py`, mode "efficient").
 
     Each factor decays by 1 - lr weight_decay, W0 stays. Options as in `step`.
     """
+    given = grad_A, grad_B, A, B, scaling, moment1_A, moment1_B, moment2_A, moment2_B, t, lr, beta1, beta2, adam_eps, weight_decay, X, delta
+    return _step_efficient(*_decomposed([(A, B)])[0], *given)
+
+
+def _step_efficient(values: Tensor, vectors: Tensor, *given: Any) -> EfficientStep:
+    """The same with the Gram matrices `_decomposed` already; `given` are the arguments above, in order."""
+    grad_A, grad_B, A, B, scaling, moment1_A, moment1_B, moment2_A, moment2_B, t, lr, beta1, beta2, adam_eps, weight_decay, X, delta = given
     check_shapes(A=(A, "rank in"), moment1_A=(moment1_A, "rank in"), moment2_A=(moment2_A, "rank in"))
     check_shapes(B=(B, "out rank"), moment1_B=(moment1_B, "out rank"), moment2_B=(moment2_B, "out rank"))
     grad_A_, grad_B_, A_, B_ = _checked(grad_A, grad_B, A, B, X)
-    best = _adjusted(grad_A_, grad_B_, A_, B_, *_grams(A_, B_), scaling, X, delta)
+    left, right = map(_Gram, values, vectors)
+    best = _adjusted(grad_A_, grad_B_, A_, B_, left, right, scaling, X, delta)
     # AdamW, twice; its normalisation per entry is what undoes the optimality
     for_A, new_1A, new_2A = _adam(best.grad_A, moment1_A, moment2_A, t, beta1, beta2, adam_eps)
     for_B, new_1B, new_2B = _adam(best.grad_B, moment1_B, moment2_B, t, beta1, beta2, adam_eps)
@@ -332,6 +349,7 @@ class LoRAProAdamW(torch.optim.Optimizer):
 
     `layers` are `LoRALinear` or anything with `base.weight`, `A`, `B` and `scaling`. Each is one group of parameters, so that
     learning-rate schedulers work. With weight decay the mode "full" changes `base.weight` too, which is frozen otherwise.
+    The Gram matrices of all layers are decomposed together; the rest is done together for small layers of equal shape.
 
     Raises:
         ValueError: no layer, an option is unusable, an entry of A or B is not finite, A has lower rank, or B has lower rank
@@ -360,7 +378,7 @@ class LoRAProAdamW(torch.optim.Optimizer):
             if not 0 <= value < end:
                 raise ValueError(f"{name} is {value!r}; needed a number of at least 0 and below {end:g}")
         for layer in self.layers:
-            _check_rank(layer.A, layer.B)
+            check_factors(layer.A, layer.B)
         self.varied = tuple(defaults)  # what a group may have of its own; torch adds to `defaults`
         super().__init__([{"params": [layer.A, layer.B]} for layer in self.layers], defaults)
 
@@ -371,19 +389,21 @@ class LoRAProAdamW(torch.optim.Optimizer):
             loss = None if closure is None else closure()
         pairs = zip(self.layers, self.param_groups, strict=True)
         moving = [pair for pair in pairs if all(factor.grad is not None for factor in pair[1]["params"])]
-        move = step if self.mode == "full" else step_efficient
-        for (layer, _), moved in map_alike(lambda given: move(**given)._asdict(), moving, lambda pair: self._arguments(*pair)):
+        known = [(*pair, grams) for pair, grams in zip(moving, _decomposed(group["params"] for _, group in moving), strict=True)]
+        move = _step if self.mode == "full" else _step_efficient
+        for (layer, *_), moved in map_alike(lambda *given: move(*given)._asdict(), known, lambda one: self._arguments(*one)):
             for name, weight in (("A", layer.A), ("B", layer.B), ("W0", layer.base.weight)):
                 weight.copy_(moved.pop(name, weight))
             self.state[layer.A].update(moved, t=self.state[layer.A].get("t", 0) + 1)
         return loss
 
-    def _arguments(self, layer: LoRALinear, group: dict[str, Any]) -> dict[str, Any]:
+    def _arguments(self, layer: LoRALinear, group: dict[str, Any], grams: tuple[Tensor, Tensor]) -> list[Any]:
         A, B, full = layer.A, layer.B, self.mode == "full"
         kept = self.state[A] or {"t": 0, **(init_state(A, B) if full else init_state_efficient(A, B))._asdict()}
-        numbers = {"scaling": layer.scaling, "X": self.X, "delta": self.delta, **{name: group[name] for name in self.varied}}
-        given = {"grad_A": A.grad, "grad_B": B.grad, "A": A, "B": B, **kept, "t": kept["t"] + 1, **numbers}
-        return given | {"W0": layer.base.weight.to(A.dtype)} if full else given
+        moments = [kept[name] for name in (State if full else EfficientState)._fields]
+        W0 = [layer.base.weight.to(A.dtype)] if full else []
+        numbers = [kept["t"] + 1, *(group[name] for name in self.varied), self.X, self.delta]
+        return [*grams, A.grad, B.grad, *W0, A, B, layer.scaling, *moments, *numbers]
 
 
 def _checked(grad_A: Tensor, grad_B: Tensor, A: Tensor, B: Tensor, X: str | Tensor) -> Iterator[Tensor]:
@@ -394,18 +414,6 @@ def _checked(grad_A: Tensor, grad_B: Tensor, A: Tensor, B: Tensor, X: str | Tens
     else:
         check_choice("X", X, CHOICES)
     return map(working, (grad_A, grad_B, A, B))
-
-
-def _check_rank(A: Tensor, B: Tensor) -> None:
-    """Check that A has full row rank, and B full column rank unless it is zero. Reads values: for set-up only."""
-    check_finite(A=A, B=B)
-    for name, factor in (("A", A), ("B", B)):
-        found = torch.linalg.matrix_rank(working(factor))
-        if found < len(A) and (name == "A" or found > 0):
-            raise ValueError(
-                f"{name} {tuple(factor.shape)} has rank {found}; needed {len(A)}, else some of its directions are never trained: "
-                "start from lora.init, with a rank of at most min(out, in), or use optimal_gradients, which inverts what can be inverted"
-            )
 
 
 if __name__ == "__main__":
