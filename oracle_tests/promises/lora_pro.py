@@ -141,16 +141,17 @@ def both_factors_zero(module):
 
 
 class _Made(TorchDispatchMode):
-    """Remembers the entries of the largest tensor that an operation made, and the shapes of what was decomposed."""
+    """Remembers the entries of the largest tensor that an operation made, what was decomposed, and how many roots were taken."""
 
     def __init__(self):
         super().__init__()
-        self.entries, self.decomposed = 0, []
+        self.entries, self.decomposed, self.roots = 0, [], 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        self.roots += "sqrt" in str(func)
         if "eigh" in str(func):
-            self.decomposed.append(tuple(args[0].shape))
+            self.decomposed.append(args[0])
         for tensor in result if isinstance(result, tuple) else (result,):
             if isinstance(tensor, Tensor):
                 self.entries = max(self.entries, tensor.numel())
@@ -180,13 +181,58 @@ def no_square_of_a_side(module):
             assert 0 < _most(partial(module.sgd_step, *given, lr=0.1, X=X)) <= 2 * 60
 
 
-@promise("Layers of equal shape are stepped together: both decompositions are one call each.", of="LoRAProAdamW")
-def layers_alike_in_one_call(module):
+def _random_layer(out, in_, rank, dtype=torch.float64):
+    """A layer of these sizes, with gradients."""
+    A, B = torch.randn(rank, in_, dtype=dtype), torch.randn(out, rank, dtype=dtype)
+    layer = _layer_of(torch.randn(out, in_, dtype=dtype), A, B, 1.5)
+    layer.A.grad, layer.B.grad = torch.randn(rank, in_, dtype=dtype), torch.randn(out, rank, dtype=dtype)
+    return layer
+
+
+@promise(
+    "The Gram matrices of all layers that move are decomposed together, large layers' too: one call for each rank and precision.",
+    of=("LoRAProAdamW", "_decomposed"),
+)
+def all_decomposed_together(module):
     for mode in ("full", "efficient"):
+        layers = [_random_layer(*sizes) for sizes in ((4, 5, 2), (4, 5, 2), (3, 7, 2), (1100, 1000, 2), (4, 5, 3), (6, 5, 3))]
+        layers += [_random_layer(4, 5, 2, torch.float32), *(_random_layer(4, 5, 2) for _ in range(2))]
+        layers[-1].A.grad = layers[-2].B.grad = None
+        wanted = {(torch.float64, 2): [], (torch.float64, 3): [], (torch.float32, 2): []}
+        for layer in layers[:-2]:
+            A, B = layer.A.detach(), layer.B.detach()
+            wanted[A.dtype, len(A)] += [B.mT @ B, A @ A.mT]
+        optimizer = module.LoRAProAdamW(layers, mode=mode)
+        with _Made() as made:
+            optimizer.step()
+        assert len(made.decomposed) == 3, [given.shape for given in made.decomposed]
+        for given in made.decomposed:
+            torch.testing.assert_close(given.flatten(0, -3), torch.stack(wanted[given.dtype, given.shape[-1]]))
+
+
+@promise("Small layers of equal shape are stepped together, large ones one by one: their moments are not copied.", of="LoRAProAdamW")
+def small_layers_in_one_call(module):
+    for mode, roots in (("full", 1), ("efficient", 2)):
         optimizer = module.LoRAProAdamW([_layer() for _ in range(3)], mode=mode)
         with _Made() as made:
             optimizer.step()
-        assert made.decomposed == [(3, 2, 2)] * 2, made.decomposed
+        assert made.roots == roots
+    large = module.LoRAProAdamW([_random_layer(1100, 1000, 2, torch.float32) for _ in range(3)])
+    assert _most(large.step) == 1100 * 1000
+
+
+@promise("A step of the optimizer reads no value, so that a GPU need not be waited for.", of="LoRAProAdamW")
+def no_value_is_read(module):
+    for mode in ("full", "efficient"):
+        layers = [_random_layer(*sizes) for sizes in ((4, 5, 2), (4, 5, 2), (3, 7, 2), (4, 5, 3))]
+        optimizer = module.LoRAProAdamW(layers, mode=mode, weight_decay=0.1)
+        for layer, group in zip(layers, optimizer.param_groups, strict=True):
+            layer.base.weight = layer.base.weight.to("meta")
+            # On this device a tensor has no values
+            layer.A, layer.B = group["params"] = [nn.Parameter(factor.to("meta")) for factor in (layer.A, layer.B)]
+            layer.A.grad, layer.B.grad = torch.empty_like(layer.A), torch.empty_like(layer.B)
+        optimizer.step()
+        assert all(optimizer.state[layer.A]["t"] == 1 for layer in layers)
 
 
 # Errors
