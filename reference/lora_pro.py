@@ -56,10 +56,9 @@ PAPER = Paper(
 RankIn = Float[Tensor, "rank in"]
 OutRank = Float[Tensor, "out rank"]
 OutIn = Float[Tensor, "out in"]
-RankRank = Float[Tensor, "rank rank"]
+Square = Float[Tensor, "rank rank"]
 
 CHOICES = ("sylvester", "zero", "symmetry")
-Choice = str | RankRank
 
 
 class State(NamedTuple):
@@ -142,7 +141,7 @@ def equivalent_gradient(grad_A: RankIn, grad_B: OutRank, A: RankIn, B: OutRank, 
     return torch.hstack([B, grad_B]) @ (scaling * torch.vstack([grad_A, A]))
 
 
-def sylvester_X(grad_A: RankIn, A: RankIn, B: OutRank, scaling: float, *, delta: float = 0.0) -> RankRank:
+def sylvester_X(grad_A: RankIn, A: RankIn, B: OutRank, scaling: float, *, delta: float = 0.0) -> Square:
     """The X with which the adjusted gradients stay nearest to back-propagation's `grad_A` and grad_B (Theorem 3).
 
     grad_B is not needed: B^T grad_B = grad_A A^T. Where the solution is not unique (both factors of lower rank) it is the
@@ -162,7 +161,7 @@ def _sylvester(grad_A: Tensor, A: Tensor, left: _Gram, right: _Gram, scaling: fl
     return left.vectors @ (left.vectors.mT @ C @ right.vectors / sums) @ right.vectors.mT
 
 
-def symmetric_X(grad_B: OutRank, A: RankIn, B: OutRank, scaling: float, *, delta: float = 0.0) -> RankRank:
+def symmetric_X(grad_B: OutRank, A: RankIn, B: OutRank, scaling: float, *, delta: float = 0.0) -> Square:
     """The X with which both factors share evenly what both can do (official `peta/optim.py`, there with A A^T not inverted).
 
     `grad_B` is back-propagation's; `delta` as in `optimal_gradients`.
@@ -177,7 +176,7 @@ def _symmetric(grad_B: Tensor, B: Tensor, left: _Gram, right: _Gram, scaling: fl
 
 
 def optimal_gradients(
-    grad_A: RankIn, grad_B: OutRank, A: RankIn, B: OutRank, scaling: float, *, X: Choice = "sylvester", delta: float = 0.0
+    grad_A: RankIn, grad_B: OutRank, A: RankIn, B: OutRank, scaling: float, *, X: str | Square = "sylvester", delta: float = 0.0
 ) -> Gradients:
     """The pair whose equivalent gradient is nearest to G, from back-propagation's pair of the same G (Theorem 1).
 
@@ -223,7 +222,7 @@ def projected_gradient(G: OutIn, A: RankIn, B: OutRank) -> OutIn:
 
 
 def sgd_step(
-    grad_A: RankIn, grad_B: OutRank, A: RankIn, B: OutRank, scaling: float, *, lr: float, X: Choice = "sylvester", delta: float = 0.0
+    grad_A: RankIn, grad_B: OutRank, A: RankIn, B: OutRank, scaling: float, *, lr: float, X: str | Square = "sylvester", delta: float = 0.0
 ) -> Factors:
     """One step of gradient descent along the adjusted gradients, both taken at the old factors (Algorithm 1).
 
@@ -255,7 +254,7 @@ def step(
     beta2: float = 0.999,
     adam_eps: float = 1e-8,
     weight_decay: float = 0.0,
-    X: Choice = "sylvester",
+    X: str | Square = "sylvester",
     delta: float = 0.0,
 ) -> Step:
     """One AdamW step: moments of the weight's equivalent gradient, and a step of the factors nearest to Adam's (Algorithm 2).
@@ -317,7 +316,7 @@ def step_efficient(
     beta2: float = 0.999,
     adam_eps: float = 1e-8,
     weight_decay: float = 0.0,
-    X: Choice = "sylvester",
+    X: str | Square = "sylvester",
     delta: float = 0.0,
 ) -> EfficientStep:
     """One step of ordinary AdamW on each adjusted gradient by itself (official `peta/optim.py`, mode "efficient").
