@@ -127,11 +127,7 @@ def _decomposed(factors: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, 
 
     However large the layers are, these matrices are small, so that those of a whole model fit in one call.
     """
-    grams = []
-    for A, B in factors:
-        check_shapes(A=(A, "rank in"), B=(B, "out rank"))
-        grams.append(torch.stack([factor.mT @ factor for factor in (working(B), working(A).mT)]))
-    return eigh_together(grams)
+    return eigh_together([torch.stack([factor.mT @ factor for factor in (working(B), working(A).mT)]) for A, B in factors])
 
 
 def equivalent_gradient(grad_A: RankIn, grad_B: OutRank, A: RankIn, B: OutRank, scaling: float) -> OutIn:
@@ -263,6 +259,7 @@ def step(
     changes with it; without decay `W0` itself comes back. No (out, out) or (in, in) matrix is made.
     """
     given = grad_A, grad_B, W0, A, B, scaling, moment1, moment2, t, lr, beta1, beta2, adam_eps, weight_decay, X, delta
+    check_shapes(A=(A, "rank in"), B=(B, "out rank"))
     return _step(*_decomposed([(A, B)])[0], *given)
 
 
@@ -324,6 +321,7 @@ def step_efficient(
     Each factor decays by 1 - lr weight_decay, W0 stays. Options as in `step`.
     """
     given = grad_A, grad_B, A, B, scaling, moment1_A, moment1_B, moment2_A, moment2_B, t, lr, beta1, beta2, adam_eps, weight_decay, X, delta
+    check_shapes(A=(A, "rank in"), B=(B, "out rank"))
     return _step_efficient(*_decomposed([(A, B)])[0], *given)
 
 
@@ -388,7 +386,8 @@ class LoRAProAdamW(torch.optim.Optimizer):
             loss = None if closure is None else closure()
         pairs = zip(self.layers, self.param_groups, strict=True)
         moving = [pair for pair in pairs if all(factor.grad is not None for factor in pair[1]["params"])]
-        known = [(*pair, grams) for pair, grams in zip(moving, _decomposed(group["params"] for _, group in moving), strict=True)]
+        grams = _decomposed(group["params"] for _, group in moving)
+        known = [(*pair, grams[i]) for i, pair in enumerate(moving)]
         move = _step if self.mode == "full" else _step_efficient
         for (layer, *_), moved in map_alike(lambda *given: move(*given)._asdict(), known, lambda one: self._arguments(*one)):
             for name, weight in (("A", layer.A), ("B", layer.B), ("W0", layer.base.weight)):
