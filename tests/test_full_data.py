@@ -70,7 +70,9 @@ def test_the_loss_is_that_of_transformers(tiny, rows):
 
 def test_the_mean_loss_is_that_of_numpy(tiny, rows):
     model, total, count = tiny[0], 0.0, 0
-    for row in rows[:7]:
+    # Unequal numbers of tokens: a mean of the rows' means would be another
+    rows = [{key: values[: len(values) - 2 * (i % 3)] for key, values in row.items()} for i, row in enumerate(rows[:7])]
+    for row in rows:
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].numpy()
         logits = logits - logits.max(axis=1, keepdims=True)
@@ -78,7 +80,7 @@ def test_the_mean_loss_is_that_of_numpy(tiny, rows):
         for at, label in enumerate(row["labels"][1:]):
             if label != IGNORED:
                 total, count = total - logs[at, label], count + 1
-    found = Loop(model, Engine("single", cpu=True), size=3, padding=0).mean_loss(rows[:7])
+    found = Loop(model, Engine("single", cpu=True), size=3, padding=0).mean_loss(rows)
     assert found == pytest.approx(total / count, rel=1e-12)
     assert evaluation.perplexity(found) == pytest.approx(math.exp(total / count))
 
