@@ -60,7 +60,10 @@ class NoValue(Exception):
 
 
 class GenericCase:
-    """Arguments for every function of a paper. The same name means the same value in every function of the case."""
+    """Arguments for every function of a paper. The same name means the same value in every function of the case.
+
+    But for a function whose mistakes show on other values alone: `OBSERVABLES.values` may have one for it, by "function.name".
+    """
 
     def __init__(self, number: int, paper: str, dtype: str) -> None:
         out, in_, rank, lead, scaling = SIZES[number]
@@ -76,15 +79,17 @@ class GenericCase:
             raise AttributeError(name)
         return known[name]
 
-    def value(self, shape: Shape) -> Any:
-        """The value of one parameter, in the precision of the implementation."""
-        if shape.name not in self.values:
-            self.values[shape.name] = self._make(shape)
-        return self.values[shape.name]
+    def value(self, shape: Shape, function: str = "") -> Any:
+        """The value of one parameter, in the precision of the implementation; `function` may have one of its own."""
+        own = f"{function}.{shape.name}"
+        name = own if own in self.declared else shape.name
+        if name not in self.values:
+            self.values[name] = self._make(shape, name)
+        return self.values[name]
 
-    def _make(self, shape: Shape) -> Any:
-        if shape.name in self.declared:
-            declared = self.declared[shape.name]
+    def _make(self, shape: Shape, name: str) -> Any:
+        if name in self.declared:
+            declared = self.declared[name]
             return declared(self) if callable(declared) else declared
         if shape.name == "generator":
             return 1000 * (self.number + 1)
@@ -284,7 +289,7 @@ def _one_call(impl: Implementation, probe: Probe, case: GenericCase, seed: int, 
     """Call the probed function and make its result free of signs and rotations."""
     spec, chosen = impl.contract[probe.function], dict(probe.choice)
     names = [p.name for p in spec.parameters.values() if p.required or p.name in probe.options]
-    arguments: dict[str, Any] = {name: case.value(spec.parameters[name]) for name in names} | chosen
+    arguments: dict[str, Any] = {name: case.value(spec.parameters[name], probe.function) for name in names} | chosen
     if impl.provides(f"{probe.function}.generator"):
         arguments["generator"] = seed
     result = impl.call(probe.function, **arguments)

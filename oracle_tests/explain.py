@@ -14,6 +14,8 @@ from .arrays import round_to
 from .law import Law
 from .loading import Breach, ContractBroken, Implementation
 
+LONG = 1000  # entries; so many times the same number are written as one
+
 
 def explain(law: Law, impl: Implementation | None, case: Any, error: BaseException) -> str:
     """Everything that a reader needs to understand a failure of `law` on `case`."""
@@ -251,6 +253,8 @@ def _as_array(expression: str, impl: Implementation, floating: str | bool) -> st
 def literal(value: Any, dtype: str = "float64") -> str:
     """Code for a value; a float array is written as the implementation received it."""
     if isinstance(value, np.ndarray):
+        if value.size > LONG and value.dtype.kind == "f" and np.all(value == value.flat[0]):
+            return f"np.full({value.shape!r}, {round_to(value.flat[:1], dtype).item()!r})"
         entries = re.sub(r"\b(nan|inf)\b", r"np.\1", repr(round_to(value, dtype).tolist()))
         shape = f".reshape{value.shape!r}" if value.size == 0 else ""  # a list of no lists does not say how many columns
         return f"np.array({entries}{'' if value.dtype.kind == 'f' else f', {value.dtype.name!r}'}){shape}"

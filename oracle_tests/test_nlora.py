@@ -616,6 +616,21 @@ def test_start_with_given_landmarks(impl, case):
 
 
 @law(
+    "nlora.L8f",
+    says="A second start on the same weight has its own landmarks' block; the first one, asked for again, is what it was.",
+    formula=r"N_1 = W_0[{:}r, {:}r], \quad N_2 = W_0[I, J], \quad N_3 = N_1",
+    needs=("init.rows", "init.cols"),
+    tolerance=0,
+    cases=landmarks(),
+)
+def test_second_start(impl, case):
+    first, (_, second, _) = case.W0[: case.rank][:, : case.rank], _blocks(case)
+    for given, want, what in (({}, first, "first"), (of(case, "rows", "cols"), second, "second"), ({}, first, "third")):
+        start = impl.init(W0=case.W0, rank=case.rank, **given)
+        assert_close(start.N, want, size=0, what=f"N of the {what} start")
+
+
+@law(
     "nlora.L8d",
     says="Without the correction training starts away from the pretrained weight, by s times columns, core and rows.",
     formula=r"W - W_0 = s\, W_0[:, J]\, N\, W_0[I, :], \quad N = K \text{ or } K^{-1}",

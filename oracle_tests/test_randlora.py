@@ -331,6 +331,50 @@ def test_smaller_rank_trains_more(impl, case):
     assert counts == sorted(counts, reverse=True)
 
 
+class Beyond(NamedTuple):
+    """A layer of the size that real ones have: both sides of the weight are beyond 1024."""
+
+    W0: np.ndarray  # (out, in), one number seen from everywhere
+    rank: int
+
+
+def beyond() -> st.SearchStrategy[Beyond]:
+    return st.builds(
+        lambda out_features, in_features, rank: Beyond(np.broadcast_to(0.5, (out_features, in_features)), rank),
+        st.integers(1025, 1060),
+        st.integers(1025, 1060),
+        st.sampled_from((1, 2, 3, 16, 30, 64, 500)),
+    )
+
+
+@law(
+    "randlora.L4d",
+    says="So it is for large layers: whatever the size, the terms are enough for full rank.",
+    formula=r"\min(m, n) > 1024: \quad (N - 1)\, r < \min(m, n) \le N r",
+    needs=("num_bases",),
+    tolerance=0,
+    cases=beyond(),
+    examples=10,
+)
+def test_number_of_bases_of_a_large_layer(impl, case):
+    groups = len(range(0, min(case.W0.shape), case.rank))
+    assert_close(impl.num_bases(W0=case.W0, rank=case.rank), groups, size=0, what="number of terms")
+
+
+@law(
+    "randlora.L4e",
+    says="And as many numbers are trained as so many terms have.",
+    formula=r"\min(m, n) > 1024: \quad P = N (r + \min(m, n))",
+    needs=("num_trainable",),
+    tolerance=0,
+    cases=beyond(),
+    examples=10,
+)
+def test_parameter_count_of_a_large_layer(impl, case):
+    want = sum(case.rank + min(case.W0.shape) for _ in range(0, min(case.W0.shape), case.rank))
+    assert_close(impl.num_trainable(W0=case.W0, rank=case.rank), want, size=0, what="number of trainable parameters")
+
+
 # Rank
 
 

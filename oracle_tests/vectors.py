@@ -29,6 +29,7 @@ from .running import collect_cases
 
 SCHEMA = 1
 CASES = 8
+LARGEST = 10_000  # entries of an argument: what is larger stands for its shape, and would make the files many times as large
 DTYPE = "float32"  # arguments are rounded to it, so that an implementation of either precision receives the same numbers
 OBSERVABLES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "itself": lambda part: part,
@@ -80,7 +81,8 @@ def _vectors(law: Law, right: Implementation, disturbed: Implementation) -> list
 def _matching(law: Law, call: Call, comparison: Comparison) -> list[Vector]:
     """The vector of this call, if what was compared is one of the observables of a part of its result."""
     assert comparison.tolerance is not None
-    exists = all(np.array_equal(v, round_to(v, DTYPE)) for v in _flat(call.arguments).values())
+    arrays = _flat(call.arguments).values()
+    exists = all(v.size <= LARGEST and np.array_equal(v, round_to(v, DTYPE)) for v in arrays)
     if not exists or any(callable(v) for v in call.arguments.values()):
         return []
     for name, observe in OBSERVABLES.items():

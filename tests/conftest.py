@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import functools
+import gc
 import json
 
 import pytest
@@ -42,4 +43,5 @@ def tiny_llama(tmp_path_factory):
         )
         transformers.LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    gc.freeze()  # every run collects garbage, and need not look for it in what was imported
     return folder

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import itertools
+import math
 import time
 from types import SimpleNamespace
 
@@ -219,6 +220,29 @@ def test_a_mistake_with_another_size_is_recognised():
     found = diagnose(lora(init=init), ["init"])
     assert names(found) == {"start_all_random"}
     assert "size differs" in found.note
+
+
+@pytest.mark.parametrize("rounded", [math.floor, math.ceil])
+def test_a_mistake_of_large_layers_is_recognised(rounded):
+    def num_bases(W0, rank):
+        return min(-(-min(W0.shape) // rank), rounded(1024 / rank))
+
+    [result] = check({"num_bases": num_bases, "LORACLE": {"arrays": "numpy"}}, paper="randlora", laws=["randlora.L4d"]).results
+    assert result.outcome == "fails"
+    assert "(bases_capped)" in result.explanation
+    assert "W0 = np.full((1025, 1025), 0.5)" in result.explanation
+
+
+def test_what_is_kept_from_the_first_start_is_recognised():
+    kept = {}
+
+    def init(W0, rank, scaling=1.0, rows=None, cols=None):
+        I, J = (np.arange(rank) if k is None else k for k in (rows, cols))
+        return W0, W0[I], kept.setdefault(W0.tobytes(), W0[np.ix_(I, J)]), W0[:, J]
+
+    [result] = check({"init": init, "LORACLE": {"arrays": "numpy"}}, paper="nlora", laws=["nlora.L8f"]).results
+    assert result.outcome == "fails"
+    assert "(second_start_finds_the_first_N)" in result.explanation
 
 
 def test_what_shows_only_in_special_inputs_is_said_to_be():

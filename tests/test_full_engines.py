@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ SETTINGS = ["precision=float64", "batch_size=8", "rank=2", "alpha=4", "dropout=0
 
 
 COUNTED = [("lora", "sgd"), ("full", "sgd")]
-STEPS, BLOCKS = 3, 2  # of full_ranks.py
+STEPS, BLOCKS, HIDDEN, INTERMEDIATE, VOCABULARY = 3, 2, 16, 24, 40  # of full_ranks.py
 RESUMED = {
     "lora": {"gradient_checkpointing": True, "overrides": ["dropout=0.1"]},
     "lora_pro": {"overrides": ["weight_decay=0.1"]},
@@ -136,18 +137,31 @@ def calls(folder, kind, case):
 @pytest.mark.parametrize("counted", COUNTED)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_gradients_are_averaged_once_per_step(folder, kind, counted):
-    """With two micro-batches a step: the count of tokens, the gradients, and the loss. Sharded weights have theirs averaged by block."""
+    """With two micro-batches a step: the gradients, and the loss. Sharded weights have theirs averaged by block, adapters
+    beside sharded weights one by one, DDP's together."""
     found = calls(folder, kind, "-".join(counted))
     by_block = (kind, counted[0]) == ("fsdp", "full")
-    assert len(found["allreduce_"]) == STEPS * (2 if by_block else 3)
-    assert len(found.get("_reduce_scatter_base_", ())) == (STEPS * BLOCKS if by_block else 0)
+    factors = BLOCKS * (11 * [2 * HIDDEN] + 3 * [2 * INTERMEDIATE])  # of the seven linear layers of a block, at rank 2
+    linears = 4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE
+    gradients = {"ddp-lora": [sum(factors)], "ddp-full": [BLOCKS * linears], "fsdp-lora": factors, "fsdp-full": []}
+    assert Counter(found["allreduce_"]) == Counter(STEPS * [*gradients[f"{kind}-{counted[0]}"], 1])
+    assert found.get("_reduce_scatter_base_", []) == (STEPS * BLOCKS * [linears // 2] if by_block else [])
 
 
 def test_one_block_at_a_time_is_whole(folder):
-    hidden, intermediate, vocabulary = 16, 24, 40
-    block, rest = 4 * hidden**2 + 3 * hidden * intermediate + 2 * hidden, 2 * vocabulary * hidden + hidden
+    block, rest = 4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE + 2 * HIDDEN, 2 * VOCABULARY * HIDDEN + HIDDEN
     for method, optimizer in COUNTED:
         assert set(calls(folder, "fsdp", f"{method}-{optimizer}")["_allgather_base_"]) == {block, rest}
+
+
+@pytest.mark.parametrize("method", [method for method in RESUMED if method != "lora"])  # which draws its dropout by rank
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_whole_run_of_two_ranks_gives_the_weights_of_one(folder, kind, method):
+    """In float32; with the loss measured before the first step, from which on accelerate must still wrap the model."""
+    alone, two = (load_file(folder / f"{name}-{method}-unbroken" / "checkpoint-000004/state.safetensors") for name in ("single", kind))
+    assert alone.keys() == two.keys()
+    for name, value in alone.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("method", RESUMED)

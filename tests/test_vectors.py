@@ -16,7 +16,7 @@ from loracle.oracle_tests.contract import papers
 from loracle.oracle_tests.files import write_atomically
 from loracle.oracle_tests.loading import load
 from loracle.oracle_tests.mistakes import mistakes_of, wrong
-from loracle.oracle_tests.vectors import OBSERVABLES, export, vectors_of
+from loracle.oracle_tests.vectors import LARGEST, OBSERVABLES, export, vectors_of
 
 READER = Path(__file__).resolve().parents[1] / "tutorials/how-to/read_vectors.py"
 BLOCKED = (
@@ -60,6 +60,10 @@ def test_the_reference_passes(exported, dtype):
     assert manifest["schema"] == 1
     assert len(manifest["vectors"]) > 50
     assert check(manifest, tensors, load(f"loracle.reference.{manifest['paper']}", paper=manifest["paper"], dtype=dtype), dtype) == []
+
+
+def test_no_tensor_is_large(exported):
+    assert max(tensor.size for tensor in read(exported)[1].values()) <= LARGEST
 
 
 def test_each_mistake_is_killed_by_just_the_vectors_that_say_so(exported):

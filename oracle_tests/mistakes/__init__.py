@@ -35,7 +35,8 @@ class Observables:
 
     choices: words that an option may be, beside its default ("distribution": ("gaussian",)); True and False for one that is on or off.
     values: for parameters that are neither floating-point arrays nor numbers (a closure, index sets), or are special: a value,
-        or a function of the generic case that makes it; a case has the sizes `out`, `in`, `rank` and the values by name.
+        or a function of the generic case that makes it; a case has the sizes `out`, `in`, `rank` and the values by name. The
+        name of a function's parameter ("num_bases.W0") has its own where that function's mistakes show on no other.
     gauge_free: for functions whose result has a free sign or rotation: `(case, result)` to values without, by name; the name of
         an option ("init.indices") has its own where what is free depends on it.
     """

@@ -162,9 +162,33 @@ def start_of_peft(G, scaling, *, rank, direction="ArB2r", scale="stable", genera
     for_A, for_B = right.index_sets(rank=rank, direction=named)
     if direction == "random":
         for_A = for_B = torch.randperm(2 * rank, generator=generator)[:rank]
-    c = right.init(G, scaling, rank=rank, scale=scale, **options).A[0].norm()
+    if scale == "weightS":
+        c = _first_column_as_long_as_the_weight(options["W0"], values[for_B])
+    else:
+        c = right.init(G, scaling, rank=rank, scale=scale, **options).A[0].norm()
     A = Vh[for_A] * (c if scale == "gd" else 1)
     return Factors(A, c * U[:, for_B] * values[for_B])
+
+
+def _first_column_as_long_as_the_weight(W0, values):
+    """What multiplies B, whose columns have these lengths, for the first of them to be that of the largest singular value of W0."""
+    return torch.linalg.matrix_norm(W0, 2) / values[0]
+
+
+@mistake(
+    "The scale 'weightS' makes B's first column as long as the largest singular value of W0 and leaves the rows of A at length 1 "
+    "(PEFT's `weight_svd`).",
+    replaces="init",
+    breaks=("lora_ga.L2b",),
+)
+def weight_scale_of_peft(G, scaling, *, rank, scale="stable", W0=None, indices=None, direction="ArB2r", generator=None, **options):
+    if indices is None:
+        indices = right.index_sets(rank=rank, direction=direction, generator=generator)
+    A, B = right.init(G, scaling, rank=rank, scale="unit" if scale == "weightS" else scale, W0=W0, indices=indices, **options)
+    if scale == "weightS":
+        values = torch.linalg.svdvals(G)[indices[1]]
+        B = B * values * _first_column_as_long_as_the_weight(W0, values)
+    return Factors(A, B)
 
 
 @mistake("The scale is put on B alone, A keeps rows of length 1.", replaces="init", breaks=("lora_ga.L2a", "lora_ga.L3a", "lora_ga.L7a"))
@@ -659,7 +683,7 @@ def sketch_without_oversampling(G, *, rank, generator=None):
     return right.draw_sketch(G, rank=rank, generator=generator)[:, : 2 * rank].contiguous()
 
 
-@mistake("The sketch is not cut to the smaller side.", replaces="draw_sketch", breaks=("lora_ga.L14d",))
+@mistake("The sketch is not cut to the smaller side (MyTransformers).", replaces="draw_sketch", breaks=("lora_ga.L14d",))
 def sketch_not_capped(G, *, rank, generator=None):
     return torch.randn(min(G.shape), 4 * rank, generator=generator, dtype=G.dtype, device=G.device)
 

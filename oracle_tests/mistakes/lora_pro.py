@@ -588,6 +588,16 @@ def efficient_counts_B_further(*, t, **given):
     return moved._replace(B=right.step_efficient(t=2 * t, **given).B)
 
 
+@mistake(
+    "In efficient mode the learning rate is 1, whatever is given: every group of parameters has that of its own (MyTransformers, "
+    "unless a scheduler sets it).",
+    replaces="step_efficient",
+    breaks=("lora_pro.L17b", "lora_pro.L17c", "lora_pro.L17d"),
+)
+def efficient_rate_of_one(*, lr, **given):
+    return right.step_efficient(lr=1.0, **given)
+
+
 @mistake("In efficient mode the bias correction is one step late.", replaces="step_efficient", breaks=("lora_pro.L17b", "lora_pro.L17c"))
 def efficient_bias_correction_late(*, t, **given):
     return right.step_efficient(t=t + 1, **given)

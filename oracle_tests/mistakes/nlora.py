@@ -454,6 +454,19 @@ def N_starts_at_the_identity(W0, scaling=1.0, *, rank, **options):
     return Weights(W_base, A, torch.eye(rank, dtype=N.dtype), B)
 
 
+@mistake(
+    "The middle factor is made once for a weight: a second start on it finds the first one's (in the official code the second adapter "
+    "on a layer has none of its own).",
+    replaces="init",
+    breaks=("nlora.L8f", "nlora.L8c"),
+)
+def second_start_finds_the_first_N(W0, scaling=1.0, *, rank, residual=False, rows=None, cols=None, **options):
+    # What a start without landmarks has left; who asks for that one again is served rightly
+    N = right.landmark_blocks(W0, rank=rank).N
+    A, _, B = right.landmark_blocks(W0, rank=rank, rows=rows, cols=cols)
+    return Weights(right.base_weight(W0, A, N, B, scaling) if residual else W0, A, N, B)
+
+
 @mistake("The middle factor starts transposed.", replaces="init", breaks=("nlora.L8a", "nlora.L8c"))
 def N_starts_transposed(W0, scaling=1.0, *, rank, **options):
     W_base, A, N, B = right.init(W0, scaling, rank=rank, **options)

@@ -41,6 +41,12 @@ def _shared(large):
     return make
 
 
+def _beyond(case):
+    """The case's weight, in two cases with both sides beyond 1024."""
+    more = 1024 * (case.number in (3, 6))
+    return np.broadcast_to(0.5, (case.out + more, case.sizes["in"] + more))
+
+
 def _unit_interval(case):
     return case.rounded(np.random.default_rng(case.number).random((40,)))
 
@@ -64,6 +70,8 @@ OBSERVABLES = Observables(
         "shared_B": _shared(large=True),
         "bases": lambda case: _sizes(case)[0] + 1,
         "weights": _weights,
+        "num_bases.W0": _beyond,
+        "num_trainable.W0": _beyond,
         "u": _unit_interval,
         "sparsity": lambda case: 2.25 + case.number,
     },
@@ -178,6 +186,15 @@ def bases_for_the_input_side(W0, *, rank):
 @mistake("There are as many terms as the basis rank.", replaces="num_bases", breaks=("randlora.L4a", "randlora.L4b"))
 def as_many_bases_as_the_rank(W0, *, rank):
     return rank
+
+
+@mistake(
+    "The number of terms is at most 1024 / rank: a layer with both sides beyond 1024 cannot reach full rank (MyTransformers).",
+    replaces="num_bases",
+    breaks=("randlora.L4d", "randlora.L4e"),
+)
+def bases_capped(W0, *, rank):
+    return min(right.num_bases(W0, rank=rank), max(1024 // rank, 1))
 
 
 @mistake("Only the gammas are counted.", replaces="num_trainable", breaks=("randlora.L4b", "randlora.L4c"))

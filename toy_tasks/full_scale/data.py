@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from ..config import UsageError
 from .hub import no_hub
@@ -112,10 +112,15 @@ def pack(rows: Sequence[Row], length: int) -> list[Row]:
 
 
 def collate(rows: Sequence[Row], padding: int) -> dict[str, Tensor]:
-    """Rows filled up on the right to one length. A causal model never sees what is right of a token, so no mask is needed."""
+    """Rows filled up on the right to one length. A causal model never sees what is right of a token, so no mask is needed.
+
+    A first token, which nothing predicts, is no label: transformers would count it, but for the models that it knows to shift.
+    """
     fill = {"input_ids": padding, "labels": IGNORED, "position_ids": 0}
     longest = max(len(row["input_ids"]) for row in rows)
-    return {key: torch.tensor([row[key] + [fill[key]] * (longest - len(row[key])) for row in rows]) for key in rows[0]}
+    batch = {key: torch.tensor([row[key] + [fill[key]] * (longest - len(row[key])) for row in rows]) for key in rows[0]}
+    batch["labels"][:, 0] = IGNORED
+    return batch
 
 
 class Order(Sampler[list[int]]):
@@ -147,13 +152,3 @@ class Order(Sampler[list[int]]):
                 order = torch.randperm(self.rows, generator=generator)
             own = order[batch * self.batch_size :][: self.batch_size].view(self.accumulation, self.ranks, self.micro_batch)[:, self.rank]
             yield from own.tolist()
-
-
-def load(rows: Sequence[Row], order: Sampler[list[int]], padding: int) -> DataLoader[dict[str, Tensor]]:
-    """The batches of an order."""
-    return DataLoader(rows, batch_sampler=order, collate_fn=lambda chosen: collate(chosen, padding))  # type: ignore[arg-type]
-
-
-def in_order(rows: Sequence[Row], size: int, padding: int) -> DataLoader[dict[str, Tensor]]:
-    """All rows, `size` at a time, for evaluation."""
-    return load(rows, BatchSampler(range(len(rows)), size, drop_last=False), padding)

@@ -1,4 +1,4 @@
-"""What a model can do: loss and perplexity on held-out rows, exact match of generated answers, and text to read."""
+"""What a model can do: its loss on tokens, exact match of generated answers, and text to read. (`loop` has the mean loss.)"""
 
 import math
 import re
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import UsageError
-from .data import IGNORED, Example, Row, in_order
+from .data import IGNORED, Example
 
 NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 
@@ -25,23 +25,6 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 def count_tokens(labels: Tensor) -> int:
     """How many tokens of a batch are to be learnt."""
     return int((labels[:, 1:] != IGNORED).sum())
-
-
-@torch.no_grad()
-def mean_loss(model: nn.Module, rows: Sequence[Row], *, size: int, padding: int, device: torch.device) -> float:
-    """The mean loss per learnt token over all rows, `size` rows at a time. Its exponential is the perplexity."""
-    was_training = model.training
-    model.eval()
-    total, count = 0.0, 0
-    for batch in in_order(rows, size, padding):
-        batch = {key: value.to(device) for key, value in batch.items()}
-        labels = batch.pop("labels")
-        total += float(token_losses(model(**batch, use_cache=False).logits, labels))
-        count += count_tokens(labels)
-    model.train(was_training)
-    if count == 0:
-        raise UsageError("the held-out data has no token to predict")
-    return total / count
 
 
 def perplexity(loss: float) -> float:
@@ -109,7 +92,8 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_toke
     tokenizer.padding_side = side
     was_training = model.training
     model.eval()
-    ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    with torch.compiler.set_stance("force_eager"):  # every token is another shape
+        ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     model.train(was_training)
     texts: list[str] = tokenizer.batch_decode(ids[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
     return texts

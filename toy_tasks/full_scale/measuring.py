@@ -10,7 +10,8 @@ from ..config import UsageError, nearest
 from ..records import write_atomically
 from . import checkpoints
 from .data import find_fields, read_examples, tokenise
-from .evaluation import exact_match, mean_loss, perplexity
+from .engine import Engine
+from .evaluation import exact_match, perplexity
 from .exports import CONFIG, READING, load_adapter, load_trained
 from .training import Report, load_model, silent
 
@@ -53,11 +54,13 @@ def measure(
     found = find_fields(examples, fields or (), data)
     model, tokenizer, own_template, own_length = load_any(target, cache=cache)
     template, length = template or own_template, length or (own_length if kind == "perplexity" else ANSWER)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
+    engine = Engine("single")
+    model.to(engine.device)
     if kind == "perplexity":
+        from .loop import Loop
+
         rows = tokenise(examples, tokenizer, fields=found, template=template, length=length)
-        loss = mean_loss(model, rows, size=8, padding=tokenizer.pad_token_id, device=device)
+        loss = Loop(model, engine, size=8, padding=tokenizer.pad_token_id).mean_loss(rows)
         numbers: dict[str, Any] = {"loss": loss, "perplexity": perplexity(loss), "examples": len(rows)}
         said = f"perplexity {numbers['perplexity']:.3f} (mean loss {loss:.4f} per token, {len(rows)} examples)"
     else:

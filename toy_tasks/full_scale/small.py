@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .data import IGNORED, Example, Order, Row, Split, load
+from .data import IGNORED, Example, Order, Row, Split, collate
 
 VOCABULARY = 1024
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, LENGTH = 96, 256, 3, 3, 128
@@ -75,13 +75,13 @@ def train_tokenizer(text: str) -> Any:
 
 
 def pretrain(model: nn.Module, rows: list[Row], padding: int, tick: Callable[[float], None] | None) -> None:
-    """AdamW on all weights for `STEPS` steps."""
+    """AdamW on all weights for `STEPS` steps. (`Training` would want the other ranks, which wait meanwhile.)"""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=STEPS)
     order = Order(len(rows), batch_size=BATCH, micro_batch=BATCH, steps=STEPS, seed=SEED)
-    for step, batch in enumerate(load(rows, order, padding)):
+    for step, chosen in enumerate(order):
         optimizer.zero_grad()
-        model(**batch, use_cache=False).loss.backward()
+        model(**collate([rows[i] for i in chosen], padding), use_cache=False).loss.backward()
         optimizer.step()
         schedule.step()
         if tick:

@@ -1,14 +1,4 @@
-"""A run from its settings to its report: load, put the method in, train, evaluate.
-
-Why `fit` is a loop of its own and no subclass of `transformers.Trainer` (5.23): with one the same tests pass, but it is as
-long, since most of what it inherits has to be replaced. The model's loss and the logged sum of losses are float32.
-`_save_checkpoint` writes pickles into a folder that has its final name from the start; what a full disk leaves of it,
-`get_last_checkpoint` takes for a checkpoint. An epoch ends with a smaller step of the rows left over, so `micro_batch` changes
-how many steps there are. `evaluation_loop` takes the mean of the batches' means, not of the tokens. In one process that sees
-several GPUs `_wrap_model` takes `nn.DataParallel`. A model that `fully_shard` has sharded is given to DDP, which fails, unless
-a private flag on it is set, with which `Trainer` refuses checkpoints that can be resumed. `DataCollatorForSeq2Seq` refuses
-packed rows, and with its mask the examples in them would see each other.
-"""
+"""A run from its settings to its report: load, put the method in, train, evaluate."""
 
 import dataclasses
 import json
@@ -18,7 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +17,9 @@ from .. import methods
 from ..config import ToyError, UsageError
 from ..methods import Method, Setup
 from . import checkpoints, small
-from .data import Order, Row, Split, collate, find_fields, load, pack, read_examples, tokenise
+from .data import Row, Split, collate, find_fields, pack, read_examples, tokenise
 from .engine import Engine
-from .evaluation import count_tokens, generate, mean_loss, perplexity, token_losses
+from .evaluation import count_tokens, generate, perplexity, token_losses
 from .hub import no_hub, short
 from .memory import advise, device_memory, estimate, fits, known_config, peak_memory, reset_peak_memory
 from .settings import ROWS_OF_ESTIMATE, SMALL, Run, differences
@@ -300,56 +290,6 @@ def count_steps(run: Run, rows: int) -> int:
     return run.steps if run.steps is not None else max(1, math.floor(run.epochs * (rows // run.batch_size)))
 
 
-def fit(
-    run: Run,
-    engine: Engine,
-    prepared: Prepared,
-    rows: list[Row],
-    *,
-    steps: int,
-    first: int = 0,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-    after_step: Callable[[int, float, int], None],
-) -> None:
-    """Train from step `first` on. `after_step(steps done, loss, learnt tokens)` is called after each.
-
-    The loss of a step is the sum over the tokens of all ranks and micro-batches, divided by their number. Random numbers
-    (of dropout) are seeded by step and rank, so that a resumed run draws what the unbroken one does.
-    """
-    padding = prepared.tokenizer.pad_token_id
-    order = Order(
-        len(rows),
-        batch_size=run.batch_size,
-        micro_batch=run.rows_at_once(engine.ranks),
-        steps=steps,
-        seed=run.seed,
-        first=first,
-        rank=engine.rank,
-        ranks=engine.ranks,
-    )
-    batches = iter(load(rows, order, padding))
-    for step in range(first, steps):
-        torch.manual_seed((run.seed * 1_000_003 + step) * 1009 + engine.rank)
-        accumulated = [next(batches) for _ in range(order.accumulation)]
-        count = int(engine.sum(sum(count_tokens(batch["labels"]) for batch in accumulated)))
-        total = 0.0
-        for i, batch in enumerate(accumulated):
-            batch = {key: value.to(engine.device) for key, value in batch.items()}
-            labels = batch.pop("labels")
-            with engine.last_backward(model, i == len(accumulated) - 1):
-                loss = token_losses(model(**batch, use_cache=False).logits, labels) / count
-                # The engines take the mean of the ranks' gradients; the sum is meant
-                engine.accelerator.backward(loss * engine.ranks)
-            total += float(loss.detach())
-        engine.average_gradients()
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        after_step(step + 1, engine.sum(total), count)
-
-
 @checkpoints.alone
 def train(
     run: Run, out: Path, *, save_every: int | None = None, report: Report = silent, cpu: bool = False, cache: Path | None = None
@@ -360,6 +300,8 @@ def train(
         ToyError: a file could not be read or written, or `out` holds another run.
         UsageError: a setting, model or data set is wrong.
     """
+    from .loop import Training
+
     engine = Engine(run.engine, cpu=cpu)
     run.rows_at_once(engine.ranks)
     said = report if engine.is_main else silent
@@ -381,25 +323,24 @@ def train(
         model.activation_checkpointing_enable()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parameters = model.num_parameters()
-    called = engine.prepare(model, prepared.whole)
-    if run.compile:  # for training: evaluation has batches of other shapes, each of which would be compiled anew
-        called = cast("nn.Module", torch.compile(called))
+    engine.shard(model, prepared.whole)
     optimizer = make_optimizer(run, prepared.method, model)
     steps = count_steps(run, len(texts.train))
     scheduler = make_schedule(run, optimizer, steps)
-    first, tokens, seconds = 0, 0, 0.0
-    measure = {"size": run.rows_at_once(engine.ranks), "padding": tokenizer.pad_token_id, "device": engine.device}
+    first, before, old_before, tokens, seconds, setup_seconds, clock = 0, math.nan, None, 0, 0.0, 0.0, began
     if saved:
         checkpoints.restore_optimizer(optimizer, saved)
         scheduler.load_state_dict(saved.scheduler)
         first = saved.step
         before, old_before, tokens, seconds = _read_progress(out, first, engine)
-    else:
-        before = mean_loss(model, texts.new, **measure)
-        old_before = mean_loss(model, texts.old, **measure) if texts.old else None
-        _append(out, {"step": 0, "held_out_loss": before, "old_loss": old_before}, engine)
-    setup_seconds = time.perf_counter() - began
-    clock = time.perf_counter()
+
+    def before_steps() -> None:
+        nonlocal before, old_before, setup_seconds, clock
+        if saved is None:
+            before, old_before = loop.mean_loss(texts.new), loop.mean_loss(texts.old) if texts.old else None
+            _append(out, {"step": 0, "held_out_loss": before, "old_loss": old_before}, engine)
+        clock = time.perf_counter()
+        setup_seconds = clock - began
 
     def after_step(step: int, loss: float, count: int) -> None:
         nonlocal tokens, seconds, clock
@@ -415,21 +356,22 @@ def train(
             checkpoints.write(out, step, run, weights, optimizer, scheduler, main=engine.is_main)
             clock = time.perf_counter()
 
-    fit(
+    loop = Training(
         run,
         engine,
-        prepared,
+        model,
         texts.train,
-        steps=steps,
-        first=first,
-        model=called,
+        padding=tokenizer.pad_token_id,
         optimizer=optimizer,
         scheduler=scheduler,
+        steps=steps,
+        first=first,
+        before_steps=before_steps,
         after_step=after_step,
     )
+    loop.train()
     said("evaluating", 0.0, "")
-    after = mean_loss(model, texts.new, **measure)
-    old_after = mean_loss(model, texts.old, **measure) if texts.old else None
+    after, old_after = loop.mean_loss(texts.new), loop.mean_loss(texts.old) if texts.old else None
     written = generate(model, tokenizer, texts.prompts, max_new_tokens=NEW_TOKENS) if texts.prompts else []
     outcome = Outcome(
         run=dataclasses.asdict(run),
