@@ -1,7 +1,7 @@
 """Put adapters into a model, and treat the many small ones that are alike together."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -48,9 +48,9 @@ def replace_linears(model: nn.Module, pattern: str, make: Callable[[nn.Linear], 
 
 
 def map_alike(
-    function: Callable[..., dict[str, Tensor]], items: Iterable[Item], arguments: Callable[[Item], Sequence[Any]]
+    function: Callable[[dict[str, Any]], dict[str, Tensor]], items: Iterable[Item], arguments: Callable[[Item], dict[str, Any]]
 ) -> Iterator[tuple[Item, dict[str, Tensor]]]:
-    """Each item with `function(*arguments(item))`, not in order: items of equal shapes and equal numbers in one `torch.vmap`.
+    """Each item with `function(arguments(item))`, not in order: items of equal shapes and equal numbers in one `torch.vmap`.
 
     For small tensors a call costs more than its sums. Tensors too large for that are not stacked, which would copy them.
     """
@@ -58,9 +58,9 @@ def map_alike(
     sizes: dict[object, int] = {}
     for item in items:
         given = arguments(item)
-        kind: object = tuple((v.shape, v.dtype, v.device) if isinstance(v, Tensor) else v for v in given)
+        kind: object = tuple((k, (v.shape, v.dtype, v.device) if isinstance(v, Tensor) else v) for k, v in given.items())
         alike.setdefault(kind, []).append(item)
-        sizes[kind] = sum(v.numel() for v in given if isinstance(v, Tensor))
+        sizes[kind] = sum(v.numel() for v in given.values() if isinstance(v, Tensor))
     for kind, group in alike.items():
         together = max(1, ENTRIES_TOGETHER // sizes[kind])
         for first in range(0, len(group), together):
@@ -68,15 +68,15 @@ def map_alike(
 
 
 def _map_stacked(
-    function: Callable[..., dict[str, Tensor]], items: list[Item], arguments: Callable[[Item], Sequence[Any]]
+    function: Callable[[dict[str, Any]], dict[str, Tensor]], items: list[Item], arguments: Callable[[Item], dict[str, Any]]
 ) -> Iterator[tuple[Item, dict[str, Tensor]]]:
     """The same for items that are alike: one call for all, and no stacking of a single one."""
+    given = [arguments(item) for item in items]
     if len(items) == 1:
-        yield items[0], function(*arguments(items[0]))
+        yield items[0], function(given[0])
         return
-    columns = list(zip(*map(arguments, items), strict=True))
-    tensors = [isinstance(column[0], Tensor) for column in columns]
-    given = [torch.stack(column) if stacked else column[0] for column, stacked in zip(columns, tensors, strict=True)]
-    results = torch.vmap(function, in_dims=tuple(0 if stacked else None for stacked in tensors))(*given)
+    numbers = {k: v for k, v in given[0].items() if not isinstance(v, Tensor)}
+    stacked = {k: torch.stack([own[k] for own in given]) for k in given[0] if k not in numbers}
+    results = torch.vmap(lambda tensors: function({**tensors, **numbers}))(stacked)
     for i, item in enumerate(items):
-        yield item, {name: result[i] for name, result in results.items()}
+        yield item, {k: v[i] for k, v in results.items()}

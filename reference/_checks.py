@@ -5,8 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-from ._linalg import working
-
 
 def check_shapes(**tensors: tuple[Tensor | None, str]) -> None:
     """Check that named floating-point tensors agree in their dimensions, dtype and device.
@@ -59,19 +57,6 @@ def check_finite(**tensors: Tensor) -> None:
         if not (low.isfinite() and high.isfinite()):
             bad = int((~tensor.isfinite()).sum())
             raise ValueError(f"{name} has {bad} of {tensor.numel()} entries that are NaN or infinite; repair it before adapting the model")
-
-
-def check_factors(A: Tensor, B: Tensor) -> None:
-    """Check that A has full row rank, and B full column rank unless it is zero. Reads values: for set-up only."""
-    check_shapes(A=(A, "rank in"), B=(B, "out rank"))
-    check_finite(A=A, B=B)
-    for name, factor in (("A", A), ("B", B)):
-        found = torch.linalg.matrix_rank(working(factor))
-        if found < len(A) and (name == "A" or found > 0):
-            raise ValueError(
-                f"{name} {tuple(factor.shape)} has rank {found}; needed {len(A)}, else some of its directions are never trained: "
-                "start from lora.init, with a rank of at most min(out, in), or use optimal_gradients, which inverts what can be inverted"
-            )
 
 
 def check_positive(name: str, value: float) -> None:

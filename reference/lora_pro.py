@@ -35,7 +35,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ._adapters import map_alike
-from ._checks import check_choice, check_factors, check_shapes
+from ._checks import check_choice, check_finite, check_shapes
 from ._linalg import eigh_together, working
 from ._paper import Paper
 from .lora import Factors, Gradients, LoRALinear, gradients
@@ -116,18 +116,20 @@ def _cutoff(values: Tensor) -> Tensor:
     return 10 * values.shape[-1] * torch.finfo(values.dtype).eps * values[..., -1:]
 
 
-def _grams(A: Tensor, B: Tensor) -> tuple[_Gram, _Gram]:
-    """B^T B and A A^T, decomposed."""
-    left, right = map(_Gram, *_decomposed([(A, B)])[0])
-    return left, right
+def _grams(A: Tensor, B: Tensor, values: Tensor | None = None, vectors: Tensor | None = None) -> tuple[_Gram, _Gram]:
+    """B^T B and A A^T, decomposed, unless `_decomposed` has done it: then with its `values` and `vectors`."""
+    if values is None or vectors is None:
+        return _Gram(*torch.linalg.eigh(B.mT @ B)), _Gram(*torch.linalg.eigh(A @ A.mT))
+    return _Gram(values[0], vectors[0]), _Gram(values[1], vectors[1])
 
 
-def _decomposed(factors: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """Eigenvalues (2, rank) and eigenvectors (2, rank, rank) of B^T B and A A^T for each (A, B): one call for all of equal rank.
+def _decomposed(factors: Iterable[tuple[Tensor, Tensor]]) -> list[dict[str, Tensor]]:
+    """For each (A, B) the eigenvalues (2, rank) and eigenvectors (2, rank, rank) of B^T B and A A^T, by one call for all of equal rank.
 
     However large the layers are, these matrices are small, so that those of a whole model fit in one call.
     """
-    return eigh_together([torch.stack([factor.mT @ factor for factor in (working(B), working(A).mT)]) for A, B in factors])
+    grams = [torch.stack([B.mT @ B, A @ A.mT]) for A, B in (map(working, pair) for pair in factors)]
+    return [{"gram_values": values, "gram_vectors": vectors} for values, vectors in eigh_together(grams)]
 
 
 def equivalent_gradient(grad_A: RankIn, grad_B: OutRank, A: RankIn, B: OutRank, scaling: float) -> OutIn:
@@ -144,7 +146,8 @@ def sylvester_X(grad_A: RankIn, A: RankIn, B: OutRank, scaling: float, *, delta:
     smallest one. `delta` as in `optimal_gradients`.
     """
     check_shapes(grad_A=(grad_A, "rank in"), A=(A, "rank in"), B=(B, "out rank"))
-    return _sylvester(working(grad_A), working(A), *_grams(A, B), scaling, delta).to(A.dtype)
+    grad_A_, A_, B_ = map(working, (grad_A, A, B))
+    return _sylvester(grad_A_, A_, *_grams(A_, B_), scaling, delta).to(A.dtype)
 
 
 def _sylvester(grad_A: Tensor, A: Tensor, left: _Gram, right: _Gram, scaling: float, delta: float) -> Tensor:
@@ -163,7 +166,8 @@ def symmetric_X(grad_B: OutRank, A: RankIn, B: OutRank, scaling: float, *, delta
     `grad_B` is back-propagation's; `delta` as in `optimal_gradients`.
     """
     check_shapes(grad_B=(grad_B, "out rank"), A=(A, "rank in"), B=(B, "out rank"))
-    return _symmetric(working(grad_B), working(B), *_grams(A, B), scaling, delta).to(A.dtype)
+    grad_B_, A_, B_ = map(working, (grad_B, A, B))
+    return _symmetric(grad_B_, B_, *_grams(A_, B_), scaling, delta).to(A.dtype)
 
 
 def _symmetric(grad_B: Tensor, B: Tensor, left: _Gram, right: _Gram, scaling: float, delta: float) -> Tensor:
@@ -252,23 +256,18 @@ def step(
     weight_decay: float = 0.0,
     X: str | Square = "sylvester",
     delta: float = 0.0,
+    gram_values: Tensor | None = None,
+    gram_vectors: Tensor | None = None,
 ) -> Step:
     """One AdamW step: moments of the weight's equivalent gradient, and a step of the factors nearest to Adam's (Algorithm 2).
 
     `t` is 1 in the first step. `X` and `delta` as in `optimal_gradients`. Weight decay shrinks W0 + s B A as a whole, so W0
-    changes with it; without decay `W0` itself comes back. No (out, out) or (in, in) matrix is made.
+    changes with it; without decay `W0` itself comes back. No (out, out) or (in, in) matrix is made. `gram_values` (2, rank) and
+    `gram_vectors` (2, rank, rank) decompose B^T B and A A^T, where that is done for many layers together.
     """
-    given = grad_A, grad_B, W0, A, B, scaling, moment1, moment2, t, lr, beta1, beta2, adam_eps, weight_decay, X, delta
-    check_shapes(A=(A, "rank in"), B=(B, "out rank"))
-    return _step(*_decomposed([(A, B)])[0], *given)
-
-
-def _step(values: Tensor, vectors: Tensor, *given: Any) -> Step:
-    """The same with the Gram matrices `_decomposed` already; `given` are the arguments above, in order."""
-    grad_A, grad_B, W0, A, B, scaling, moment1, moment2, t, lr, beta1, beta2, adam_eps, weight_decay, X, delta = given
     check_shapes(A=(A, "rank in"), B=(B, "out rank"), W0=(W0, "out in"), moment1=(moment1, "out in"), moment2=(moment2, "out in"))
     grad_A_, grad_B_, A_, B_ = _checked(grad_A, grad_B, A, B, X)
-    left, right = map(_Gram, values, vectors)
+    left, right = _grams(A_, B_, gram_values, gram_vectors)
     # Any X gives the same equivalent gradient; X = 0 is the cheapest
     g = equivalent_gradient(*_adjusted(grad_A_, grad_B_, A_, B_, left, right, scaling, "zero", delta), A_, B_, scaling)
     direction, new_moment1, new_moment2 = _adam(g, moment1, moment2, t, beta1, beta2, adam_eps)
@@ -315,24 +314,17 @@ def step_efficient(
     weight_decay: float = 0.0,
     X: str | Square = "sylvester",
     delta: float = 0.0,
+    gram_values: Tensor | None = None,
+    gram_vectors: Tensor | None = None,
 ) -> EfficientStep:
     """One step of ordinary AdamW on each adjusted gradient by itself (official `peta/optim.py`, mode "efficient").
 
     Each factor decays by 1 - lr weight_decay, W0 stays. Options as in `step`.
     """
-    given = grad_A, grad_B, A, B, scaling, moment1_A, moment1_B, moment2_A, moment2_B, t, lr, beta1, beta2, adam_eps, weight_decay, X, delta
-    check_shapes(A=(A, "rank in"), B=(B, "out rank"))
-    return _step_efficient(*_decomposed([(A, B)])[0], *given)
-
-
-def _step_efficient(values: Tensor, vectors: Tensor, *given: Any) -> EfficientStep:
-    """The same with the Gram matrices `_decomposed` already; `given` are the arguments above, in order."""
-    grad_A, grad_B, A, B, scaling, moment1_A, moment1_B, moment2_A, moment2_B, t, lr, beta1, beta2, adam_eps, weight_decay, X, delta = given
     check_shapes(A=(A, "rank in"), moment1_A=(moment1_A, "rank in"), moment2_A=(moment2_A, "rank in"))
     check_shapes(B=(B, "out rank"), moment1_B=(moment1_B, "out rank"), moment2_B=(moment2_B, "out rank"))
     grad_A_, grad_B_, A_, B_ = _checked(grad_A, grad_B, A, B, X)
-    left, right = map(_Gram, values, vectors)
-    best = _adjusted(grad_A_, grad_B_, A_, B_, left, right, scaling, X, delta)
+    best = _adjusted(grad_A_, grad_B_, A_, B_, *_grams(A_, B_, gram_values, gram_vectors), scaling, X, delta)
     # AdamW, twice; its normalisation per entry is what undoes the optimality
     for_A, new_1A, new_2A = _adam(best.grad_A, moment1_A, moment2_A, t, beta1, beta2, adam_eps)
     for_B, new_1B, new_2B = _adam(best.grad_B, moment1_B, moment2_B, t, beta1, beta2, adam_eps)
@@ -375,7 +367,7 @@ class LoRAProAdamW(torch.optim.Optimizer):
             if not 0 <= value < end:
                 raise ValueError(f"{name} is {value!r}; needed a number of at least 0 and below {end:g}")
         for layer in self.layers:
-            check_factors(layer.A, layer.B)
+            _check_rank(layer.A, layer.B)
         self.varied = tuple(defaults)  # what a group may have of its own; torch adds to `defaults`
         super().__init__([{"params": [layer.A, layer.B]} for layer in self.layers], defaults)
 
@@ -386,22 +378,20 @@ class LoRAProAdamW(torch.optim.Optimizer):
             loss = None if closure is None else closure()
         pairs = zip(self.layers, self.param_groups, strict=True)
         moving = [pair for pair in pairs if all(factor.grad is not None for factor in pair[1]["params"])]
-        grams = _decomposed(group["params"] for _, group in moving)
-        known = [(*pair, grams[i]) for i, pair in enumerate(moving)]
-        move = _step if self.mode == "full" else _step_efficient
-        for (layer, *_), moved in map_alike(lambda *given: move(*given)._asdict(), known, lambda one: self._arguments(*one)):
+        known = zip(moving, _decomposed(group["params"] for _, group in moving), strict=True)
+        move = step if self.mode == "full" else step_efficient
+        for ((layer, _), _), moved in map_alike(lambda own: move(**own)._asdict(), known, lambda one: self._arguments(*one[0]) | one[1]):
             for name, weight in (("A", layer.A), ("B", layer.B), ("W0", layer.base.weight)):
                 weight.copy_(moved.pop(name, weight))
             self.state[layer.A].update(moved, t=self.state[layer.A].get("t", 0) + 1)
         return loss
 
-    def _arguments(self, layer: LoRALinear, group: dict[str, Any], grams: tuple[Tensor, Tensor]) -> list[Any]:
+    def _arguments(self, layer: LoRALinear, group: dict[str, Any]) -> dict[str, Any]:
         A, B, full = layer.A, layer.B, self.mode == "full"
         kept = self.state[A] or {"t": 0, **(init_state(A, B) if full else init_state_efficient(A, B))._asdict()}
-        moments = [kept[name] for name in (State if full else EfficientState)._fields]
-        W0 = [layer.base.weight.to(A.dtype)] if full else []
-        numbers = [kept["t"] + 1, *(group[name] for name in self.varied), self.X, self.delta]
-        return [*grams, A.grad, B.grad, *W0, A, B, layer.scaling, *moments, *numbers]
+        numbers = {"scaling": layer.scaling, "X": self.X, "delta": self.delta, **{name: group[name] for name in self.varied}}
+        given = {"grad_A": A.grad, "grad_B": B.grad, "A": A, "B": B, **kept, "t": kept["t"] + 1, **numbers}
+        return given | {"W0": layer.base.weight.to(A.dtype)} if full else given
 
 
 def _checked(grad_A: Tensor, grad_B: Tensor, A: Tensor, B: Tensor, X: str | Tensor) -> Iterator[Tensor]:
@@ -412,6 +402,18 @@ def _checked(grad_A: Tensor, grad_B: Tensor, A: Tensor, B: Tensor, X: str | Tens
     else:
         check_choice("X", X, CHOICES)
     return map(working, (grad_A, grad_B, A, B))
+
+
+def _check_rank(A: Tensor, B: Tensor) -> None:
+    """Check that A has full row rank, and B full column rank unless it is zero. Reads values: for set-up only."""
+    check_finite(A=A, B=B)
+    for name, factor in (("A", A), ("B", B)):
+        found = torch.linalg.matrix_rank(working(factor))
+        if found < len(A) and (name == "A" or found > 0):
+            raise ValueError(
+                f"{name} {tuple(factor.shape)} has rank {found}; needed {len(A)}, else some of its directions are never trained: "
+                "start from lora.init, with a rank of at most min(out, in), or use optimal_gradients, which inverts what can be inverted"
+            )
 
 
 if __name__ == "__main__":

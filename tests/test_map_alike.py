@@ -11,11 +11,11 @@ def test_each_item_gets_its_own_result_however_many_are_stacked(monkeypatch):
         monkeypatch.setattr(_adapters, "ENTRIES_TOGETHER", entries)
         called = []
 
-        def double(x, factor, called=called):
-            called.append(x.shape)
-            return {"y": 2 * factor * x}
+        def double(given, called=called):
+            called.append(given["x"].shape)
+            return {"y": 2 * given["factor"] * given["x"]}
 
-        results = list(_adapters.map_alike(double, range(9), items.__getitem__))
+        results = list(_adapters.map_alike(double, range(9), lambda i: {"x": items[i][0], "factor": items[i][1]}))
         assert sorted(i for i, _ in results) == list(range(9))
         for i, result in results:
             assert torch.equal(result["y"], 2 * items[i][1] * items[i][0])
