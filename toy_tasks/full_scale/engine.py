@@ -40,7 +40,9 @@ class Engine:
         handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
         self.accelerator = Accelerator(cpu=cpu, kwargs_handlers=handlers)
         self.ranks, self.rank = self.accelerator.num_processes, self.accelerator.process_index
-        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        # accelerate numbers the CPU of each of several processes; moved to "cpu:0", a model on "cpu" would be copied
+        numbered, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self.device = torch.device("cpu") if numbered.type == "cpu" else numbered
         self.whole: list[nn.Parameter] = []  # trained, and not sharded
         self.kind = ("ddp" if self.ranks > 1 else "single") if kind == "auto" else kind
         if (self.kind == "single") != (self.ranks == 1):

@@ -1,0 +1,102 @@
+"""Whole runs in two processes, DDP and sharded: the plan of their memory against what each took."""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+pytest.importorskip("peft")
+
+from loracle.toy_tasks.full_scale import memory
+from loracle.toy_tasks.full_scale.settings import resolve
+
+DEEP = (256, 704, 8, 4, 512)  # where no block is much of it
+WEIGHTS = (512, 1408, 2, 8, 512)  # with few tokens: most of the memory is weights and what a method adds to them
+TOKENS = (192, 512, 3, 3, 4096)
+SMALL = (8, 8, 1, 1, 512)
+FEW = ["batch_size=2", "sequence_length=32"]
+METHODS = {  # the model's shape, and settings
+    "lora": (TOKENS, ["batch_size=6", "sequence_length=256"]),
+    "full": (WEIGHTS, FEW),
+    "lora_pro": (WEIGHTS, FEW),
+    "randlora": (WEIGHTS, FEW),
+}
+CASES = {
+    **{f"{engine}-{method}": METHODS[method] for engine in ("ddp", "fsdp") for method in METHODS},
+    "fsdp-lora": (WEIGHTS, FEW),
+    "fsdp-full-accumulated": (DEEP, ["batch_size=4", "sequence_length=32", "optimizer=sgd"]),
+    "fsdp-lora_ga": (WEIGHTS, [*FEW, "options={gradient_samples=4}"]),
+}
+
+
+def make_run(name, folder):
+    engine, method, *_ = name.split("-")
+    shape, overrides = CASES[name]
+    rows = 3 if shape == TOKENS else 1
+    run = resolve("lora", method=method, overrides=overrides, engine=engine, steps=2, fields=("text",), micro_batch=rows)
+    return with_model(run, shape, folder)
+
+
+def with_model(run, shape, folder):
+    return dataclasses.replace(run, model=str(folder / "x".join(map(str, shape))), data=str(folder / "texts.jsonl"))
+
+
+def save_model(shape, tokenizer, folder):
+    """A random Llama in bfloat16. Loaded in the run's own precision the file would be mapped, and its pages, which the system
+    can take back at any time, would count as the process's memory as long as any weight is the file's."""
+    from transformers import LlamaForCausalLM
+
+    config = memory.known_config("any", shape)
+    config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, 1, 2
+    folder = folder / "x".join(map(str, shape))
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_llama):
+    """What full_pair.py leaves."""
+    from transformers import AutoTokenizer
+
+    out = tmp_path_factory.mktemp("pair")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    for shape in (DEEP, WEIGHTS, TOKENS, SMALL):
+        save_model(shape, tokenizer, out)
+    text = " ".join(f"{a} + {b} = {a + b}" for a in range(20) for b in range(20))
+    (out / "texts.jsonl").write_text("".join(json.dumps({"text": text[i:]}) + "\n" for i in range(24)))
+    runs = {}
+    for name in CASES:
+        run = make_run(name, out)
+        if f"{run.engine}-warm" not in runs:
+            runs[f"{run.engine}-warm"] = with_model(run, SMALL, out)
+        runs[name] = run
+    (out / "peaks.json").write_text(json.dumps({name: dataclasses.asdict(run) for name, run in runs.items()}))
+    # Freed memory goes back to the system at once, so that a process has what is in use and no more
+    own = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "GLOO_SOCKET_IFNAME": "lo"}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        own |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    command = [sys.executable, Path(__file__).with_name("full_pair.py"), out]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    both = [subprocess.Popen(command, env=own | {"RANK": rank, "LOCAL_RANK": rank}, **pipes) for rank in "01"]
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], "\n".join(said)
+    return out
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_plan_is_what_each_of_two_processes_took(folder, name):
+    """Within a fifth, and closer where too little is planned; measured: from 0.90 to 1.13."""
+    first, second = (json.loads((folder / f"peaks-{rank}.json").read_text())[name] for rank in range(2))
+    run = make_run(name, folder)
+    plan = memory.estimate(run, memory.known_config("any", CASES[name][0]), ranks=2, cpu=True)
+    assert 0.85 < plan.total / first < 1.2, (plan, first / 2**20)
+    # The second gathers nothing to write; nor does it read gradients for a start, but it holds what stands in for them
+    assert 0.85 < dataclasses.replace(plan, saving=0).total / second < (1.2 if run.method != "lora_ga" else 1.5), (plan, second / 2**20)
