@@ -84,6 +84,8 @@ def _quiet_libraries() -> Iterator[None]:
     import os
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for library in ("HF_HUB", "HF_DATASETS"):  # read when they are imported
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging
 
     logging.disable_progress_bar()
