@@ -1,4 +1,4 @@
-"""Whole runs in two processes, DDP and sharded: the plan of their memory against what each took."""
+"""Whole runs in two processes, DDP and sharded: the plan of their memory against what each took, and compiled ones."""
 
 import dataclasses
 import json
@@ -14,13 +14,17 @@ import torch
 pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 
+from safetensors.torch import load_file
+
 from loracle.toy_tasks.full_scale import memory
+from loracle.toy_tasks.full_scale.checkpoints import START, STATE
 from loracle.toy_tasks.full_scale.settings import resolve
 
 DEEP = (256, 704, 8, 4, 512)  # where no block is much of it
 WEIGHTS = (512, 1408, 2, 8, 512)  # with few tokens: most of the memory is weights and what a method adds to them
 TOKENS = (192, 512, 3, 3, 4096)
 SMALL = (8, 8, 1, 1, 512)
+TINY = (24, 40, 1, 2, 512)
 FEW = ["batch_size=2", "sequence_length=32"]
 METHODS = {  # the model's shape, and settings
     "lora": (TOKENS, ["batch_size=6", "sequence_length=256"]),
@@ -42,6 +46,16 @@ def make_run(name, folder):
     rows = 3 if shape == TOKENS else 1
     run = resolve("lora", method=method, overrides=overrides, engine=engine, steps=2, fields=("text",), micro_batch=rows)
     return with_model(run, shape, folder)
+
+
+COMPILED = [f"{engine}-{method}-{how}" for engine in ("ddp", "fsdp") for method in ("lora", "randlora") for how in ("plain", "compiled")]
+
+
+def compiled_run(name, folder):
+    engine, method, how = name.split("-")
+    overrides = ["batch_size=4", "rank=2", "lr=1e-2", "sequence_length=32"]
+    more = {"engine": engine, "steps": 3, "fields": ("text",), "micro_batch": 1, "compile": how == "compiled"}
+    return with_model(resolve("lora", method=method, overrides=overrides, **more), TINY, folder)
 
 
 def with_model(run, shape, folder):
@@ -67,7 +81,7 @@ def folder(tmp_path_factory, tiny_llama):
 
     out = tmp_path_factory.mktemp("pair")
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    for shape in (DEEP, WEIGHTS, TOKENS, SMALL):
+    for shape in (DEEP, WEIGHTS, TOKENS, SMALL, TINY):
         save_model(shape, tokenizer, out)
     text = " ".join(f"{a} + {b} = {a + b}" for a in range(20) for b in range(20))
     (out / "texts.jsonl").write_text("".join(json.dumps({"text": text[i:]}) + "\n" for i in range(24)))
@@ -78,6 +92,8 @@ def folder(tmp_path_factory, tiny_llama):
             runs[f"{run.engine}-warm"] = with_model(run, SMALL, out)
         runs[name] = run
     (out / "peaks.json").write_text(json.dumps({name: dataclasses.asdict(run) for name, run in runs.items()}))
+    compiled = {name: dataclasses.asdict(compiled_run(name, out)) for name in COMPILED}
+    (out / "compiled.json").write_text(json.dumps(compiled))
     # Freed memory goes back to the system at once, so that a process has what is in use and no more
     own = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "GLOO_SOCKET_IFNAME": "lo"}
     with socket.socket() as probe:
@@ -100,3 +116,20 @@ def test_the_plan_is_what_each_of_two_processes_took(folder, name):
     assert 0.85 < plan.total / first < 1.2, (plan, first / 2**20)
     # The second gathers nothing to write; nor does it read gradients for a start, but it holds what stands in for them
     assert 0.85 < dataclasses.replace(plan, saving=0).total / second < (1.2 if run.method != "lora_ga" else 1.5), (plan, second / 2**20)
+
+
+@pytest.mark.parametrize("method", ["lora", "randlora"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_a_compiled_run_is_the_plain_one(folder, engine, method):
+    """After three steps of two accumulated passes each; measured: the same bits."""
+    names = [f"{engine}-{method}-{how}" for how in ("plain", "compiled")]
+    for rank in range(2):
+        graphs = json.loads((folder / f"graphs-{rank}.json").read_text())
+        assert [graphs[name] > 0 for name in names] == [False, True]
+    start = load_file(folder / f"compiled-{names[0]}" / START)
+    plain, compiled = (load_file(folder / f"compiled-{name}" / "checkpoint-000003" / STATE) for name in names)
+    assert plain.keys() == compiled.keys()
+    moved = [(value - start[key.removeprefix("model.")]).abs().max() for key, value in plain.items() if key.startswith("model.")]
+    assert min(moved) > 1e-3  # a thousand times the tolerance
+    for key, value in plain.items():
+        torch.testing.assert_close(compiled[key], value, rtol=1e-6, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
