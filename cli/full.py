@@ -84,6 +84,8 @@ def _quiet_libraries() -> Iterator[None]:
     import os
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for library in ("HF_HUB", "HF_DATASETS"):  # read when they are imported
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -236,7 +238,7 @@ def plan(
             config = planning.known_config(decided.model, sizes)
         except UsageError as error:
             raise UsageError(f"{error}; give --shape") from None
-        found = planning.estimate(decided, config, ranks=devices)
+        found = planning.estimate(decided, config, ranks=devices, cpu=on_cpu)
         table = Table("", "each device", title=f"Memory of {decided.method} on {decided.model}", title_justify="left")
         parts = {
             f"pretrained weights ({decided.precision})": found.weights,
@@ -245,7 +247,9 @@ def plan(
             f"optimizer ({decided.optimizer})": found.optimizer,
             f"activations ({decided.rows_at_once(devices)} rows of {decided.sequence_length} tokens)": found.activations,
             "sharded weights while they compute": found.gathered,
-            "or, before training: gradients for the start": found.setup,
+            "or, while the optimizer computes": found.stepping,
+            "or, before training: gradients for the start, weights on their way": found.setup,
+            "or, at a checkpoint: what the first process gathers": found.saving,
         }
         for name, size in parts.items():
             if size:

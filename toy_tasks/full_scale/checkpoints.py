@@ -51,13 +51,24 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     draft = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, draft)
+        save_file(_apart(tensors), draft)
         _flush(draft)
         os.replace(draft, path)
     except (OSError, SafetensorError) as error:
         raise ToyError(f"{path} could not be written: {error}. What was there before is untouched.") from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as safetensors takes them; only where two share memory the second is copied."""
+    found, memory = {}, set()
+    for name, tensor in tensors.items():
+        here = tensor.detach().cpu().contiguous()
+        place = here.untyped_storage().data_ptr()
+        found[name] = here.clone() if place in memory else here
+        memory.add(place)
+    return found
 
 
 def _flush(path: Path) -> None:
@@ -111,17 +122,26 @@ def alone(function: Callable[P, T]) -> Callable[P, T]:
     return held
 
 
-def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors by name, gathered from all ranks, and JSON for the rest.
+def _collect(tensor: Tensor, found: dict[str, Tensor], name: str, *, main: bool) -> None:
+    """Put the whole of a tensor that may be sharded among those `found` by `main`. One at a time, moved off the device, so
+    that no device holds more than one whole: all of them may have no room there."""
+    whole = gathered(tensor.detach())
+    if main:
+        found[name] = whole.cpu()
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer, *, main: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as tensors by name, gathered from all ranks by `main`, and JSON for the rest.
 
     (torch's `set_optimizer_state_dict` would not take it back where parameters have no state: all of SGD's, LoRA-Pro's B.)
     """
     state = optimizer.state_dict()
-    tensors, numbers = {}, {}
+    tensors: dict[str, Tensor] = {}
+    numbers = {}
     for index, values in state["state"].items():
         for key, value in values.items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{key}"] = gathered(value)
+                _collect(value, tensors, f"optimizer.{index}.{key}", main=main)
             else:
                 numbers[f"{index}.{key}"] = value
     return tensors, {"numbers": numbers, "param_groups": state["param_groups"]}
@@ -150,8 +170,9 @@ def write(
     Raises:
         ToyError: it could not be written; the checkpoint before it is untouched.
     """
-    moments, rest = flatten_optimizer(optimizer)
-    tensors = {f"model.{name}": gathered(tensor) for name, tensor in weights.items()} | moments
+    tensors, rest = flatten_optimizer(optimizer, main=main)
+    for name, tensor in weights.items():
+        _collect(tensor, tensors, f"model.{name}", main=main)
     if not main:
         return
     folder, draft = out / f"checkpoint-{step:06d}", out / f".checkpoint-{step:06d}.part"

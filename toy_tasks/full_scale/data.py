@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from ..config import UsageError
-from .hub import no_hub
+from .hub import in_a_line, no_hub
 
 IGNORED = -100  # the label that the loss leaves out
 KNOWN_FIELDS = (("instruction", "response"), ("query", "response"), ("instruction", "output"), ("question", "answer"), ("text",))
@@ -40,7 +40,7 @@ def read_examples(source: str, *, samples: int | None = None) -> list[Example]:
     try:
         loaded = load_dataset(source, split="train" if samples is None else f"train[:{samples}]")
     except Exception as error:  # the library's errors have no common type
-        raise UsageError(f"the data {source!r} is neither a file here nor to be had from the hub: {why or error}") from error
+        raise UsageError(f"the data {source!r} is neither a file here nor to be had from the hub: {why or in_a_line(error)}") from error
     return list(loaded)
 
 

@@ -35,8 +35,9 @@ class Engine:
 
     def __init__(self, kind: str = "auto", *, cpu: bool = False) -> None:
         state = PartialState(cpu=cpu)
-        self.ranks, self.rank = state.num_processes, state.process_index
-        self.device, self.is_main = state.device, state.is_main_process
+        self.ranks, self.rank, self.is_main = state.num_processes, state.process_index, state.is_main_process
+        # accelerate numbers the CPU of each of several processes; moved to "cpu:0", a model on "cpu" would be copied
+        self.device = torch.device("cpu") if state.device.type == "cpu" else state.device
         self.kind = ("ddp" if self.ranks > 1 else "single") if kind == "auto" else kind
         if (self.kind == "single") != (self.ranks == 1):
             raise UsageError(f"the engine is {kind!r} and there are {self.ranks} process(es); {LAUNCH}")

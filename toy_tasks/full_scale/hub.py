@@ -10,14 +10,19 @@ SECONDS = 5  # for the hub to answer
 
 
 def no_hub(name: str) -> str:
-    """Why `name` can come from the cache only: it is no path here, and the hub cannot be reached. Else an empty text.
+    """Why `name` can come from the cache only: it is no path here, and the hub cannot be reached, or the user has set
+    HF_HUB_OFFLINE. Else an empty text.
 
     Where that is so, the hub's libraries are told to use their cache and not to try the network again and again.
     """
-    if Path(name).exists() or reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
+    if Path(name).exists():
         return ""
     from huggingface_hub import constants
 
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES:
+        return "it is not here, HF_HUB_OFFLINE is set, and the hub's cache here lacks it"
+    if reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
+        return ""
     constants.HF_HUB_OFFLINE = True
     return "it is not here, the hub cannot be reached, and the hub's cache here lacks it"
 
@@ -33,6 +38,11 @@ def reachable(address: str) -> bool:
         reason = getattr(error, "reason", error)
         return "certificate" in str(reason).lower()  # it is there; whom it is trusted by is settled elsewhere
     return True
+
+
+def in_a_line(error: Exception) -> str:
+    """All of a library's message, which may go over several lines."""
+    return " ".join(str(error).split())
 
 
 def short(error: Exception) -> str:

@@ -44,6 +44,7 @@ def peak_memory(device: torch.device) -> int:
 
 BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 RUNTIME = 0.6 * 2**30  # Python, torch and transformers themselves, which count on a CPU
+DDP_SENT = 2 * 250 * 2**20  # torch's DDP sends the first process's tensors in such pieces, two on their way at a time
 SAFE = 0.95  # of a device's memory; the rest goes to fragments and the libraries' own buffers
 
 
@@ -54,17 +55,19 @@ class Plan:
     weights: int  # the pretrained ones, this device's part
     adapters: int  # what the method adds, trained or not
     gradients: int
-    optimizer: int
+    optimizer: int  # what it keeps from step to step
     activations: int  # of one micro-batch, with what its backward pass needs at its fullest
     gathered: int  # sharded weights put together while a block computes
-    setup: int  # what is needed before training instead of the last four: gradients for a method's start
+    stepping: int  # what the optimizer's own computation needs, instead of the last two
+    setup: int  # what is needed before training instead of the five before: gradients for a start, weights on their way
+    saving: int  # what a checkpoint needs beside weights, adapters and optimizer
     trainable: int  # parameters, not bytes
 
     @property
     def total(self) -> int:
-        """The peak in bytes: of training or of its preparation, whichever is higher."""
-        fixed = self.weights + self.adapters
-        return fixed + max(self.gradients + self.optimizer + self.activations + self.gathered, self.setup)
+        """The peak in bytes: of training, of its preparation or of a checkpoint, whichever is highest."""
+        training = self.gradients + self.optimizer + max(self.activations + self.gathered, self.stepping)
+        return self.weights + self.adapters + max(training, self.setup, self.optimizer + self.saving)
 
 
 class Counts(NamedTuple):
@@ -106,8 +109,10 @@ def shared(method: str, shapes: Collection[tuple[int, int]], rank: int) -> int:
     return rank * small + math.ceil(small / rank) * rank * large
 
 
-def estimate(run: Run, config: Any, *, ranks: int = 1) -> Plan:
+def estimate(run: Run, config: Any, *, ranks: int = 1, cpu: bool = False) -> Plan:
     """The memory that a run needs on each of `ranks` devices, for a model of this transformers config. Computes nothing large.
+
+    With `cpu` the devices are processes on CPUs, which exchange by gloo, and the first of which needs most.
 
     Raises:
         UsageError: the target modules match no layer.
@@ -127,31 +132,46 @@ def estimate(run: Run, config: Any, *, ranks: int = 1) -> Plan:
     frozen = sum(count.frozen for count in counts) + shared(run.method, shapes, run.rank)
     full = run.method == "full"
     sharded = ranks if run.engine == "fsdp" else 1
-    trained_bytes = trained * (size if full else width) // (sharded if full else 1)
-    moments = 0 if run.optimizer == "sgd" else 2 * trained_bytes
+    trained_whole = trained * (size if full else width)
+    trained_bytes = trained_whole // (sharded if full else 1)
+    moments, stepping = 0 if run.optimizer == "sgd" else 2 * trained_bytes, 0
     if run.optimizer != "sgd" and getattr(method, "mode", "") == "full":  # LoRA-Pro keeps moments of the whole weight
         largest = max(out * inn for out, inn in shapes)
-        moments = width * (2 * sum(out * inn for out, inn in shapes) + 6 * largest)
+        moments, stepping = 2 * width * sum(out * inn for out, inn in shapes), 6 * width * largest
+    adapters = 0 if full else width * trained + size * frozen
     rows = run.rows_at_once(ranks)
     activations = activation_bytes(run, config, rows, full=full)
-    gathered = 0
-    if sharded > 1:
+    gradients, gathered, setup, saving = trained_bytes, 0, 0, 0
+    if ranks > 1 and sharded == 1:
+        gradients *= 2  # DDP's buckets
+        setup = min(size * base + adapters, DDP_SENT)
+    elif ranks > 1:
         whole = [sum(p.numel() for p in block.parameters()) for block in blocks(model)]
-        gathered = size * (2 * max(whole) + base - sum(whole))  # the next block is fetched while one computes
-    # Every device has all weights until they are sharded
-    setup = size * (base - base // sharded)
+        # One block computes while the next is fetched. Beside them are a block's gradients until they are spread, or, in
+        # the forward pass, what gloo fetches a block into before it is copied to where it is asked for
+        at_once = 3 if full or cpu else 2
+        gathered = size * (at_once * max(whole) + base - sum(whole))
+        setup = size * (base - base // ranks)  # every device has all weights until they are sharded
+        if full:
+            if run.batch_size > rows * ranks:
+                gradients = trained_whole  # not spread before the last of the accumulated passes
+            # The first process gathers what it writes in main memory, the weights and AdamW's two moments
+            saving = trained_whole * (1 if run.optimizer == "sgd" else 3) if cpu else 0
     if hasattr(method, "gradient_samples"):  # the sums of the weights' gradients besides
         adapted = sum(out * inn for out, inn in shapes)
-        setup += width * adapted + size * max(out * inn for out, inn in shapes)
-        setup += activation_bytes(run, config, ROWS_OF_ESTIMATE, full=True, plain=True)
+        sums = width * adapted + size * max(out * inn for out, inn in shapes)
+        sums += activation_bytes(run, config, ROWS_OF_ESTIMATE, full=True, plain=True)
+        setup = max(setup, sums + (size * (base - base // sharded)))
     return Plan(
         weights=size * base // sharded,
-        adapters=0 if full else width * trained + size * frozen,
-        gradients=trained_bytes * (2 if ranks > 1 and sharded == 1 else 1),
+        adapters=adapters,
+        gradients=gradients,
         optimizer=moments,
         activations=activations,
         gathered=gathered,
         setup=setup,
+        stepping=stepping,
+        saving=saving,
         trainable=trained,
     )
 
@@ -255,7 +275,7 @@ def advise(run: Run, config: Any, memory: float, *, cpu: bool, most_devices: int
     found: list[str] = []
 
     def try_(how: str, changed: Run, ranks: int = 1) -> None:
-        if fits(estimate(changed, config, ranks=ranks), memory, cpu=cpu):
+        if fits(estimate(changed, config, ranks=ranks, cpu=cpu), memory, cpu=cpu):
             found.append(how)
 
     rows = run.rows_at_once()

@@ -39,7 +39,6 @@ class Prepared(NamedTuple):
     tokenizer: Any
     method: Method
     whole: list[nn.Parameter]  # the parameters that the method added
-    start: dict[str, Tensor]  # all that the method made or changed
 
 
 class Texts(NamedTuple):
@@ -251,7 +250,8 @@ def prepare(
     engine.take_from_first(start.values())
     if engine.is_main and not resuming:
         checkpoints.save_tensors(start, start_file)
-    return Prepared(model, tokenizer, method, added, start)
+    # Without `start`: what holds a weight that the method changed would hold the whole of it beside its shards
+    return Prepared(model, tokenizer, method, added)
 
 
 def make_optimizer(run: Run, method: Method, model: nn.Module) -> torch.optim.Optimizer:
@@ -406,7 +406,7 @@ def check_memory(run: Run, engine: Engine, folder: str) -> None:
     """Refuse a run that the device has no room for, before anything is loaded. Raises UsageError with what would fit."""
     cpu, free = engine.device.type == "cpu", device_memory(engine.device)
     config = known_config(folder)
-    plan = estimate(run, config, ranks=engine.ranks)
+    plan = estimate(run, config, ranks=engine.ranks, cpu=cpu)
     # The processes on one machine share the memory of its CPU
     if not fits(plan, free / (engine.ranks if cpu else 1), cpu=cpu):
         would = "; or ".join(advise(run, config, free, cpu=cpu)) or "a smaller model"
