@@ -94,6 +94,17 @@ def test_a_compiled_run_is_the_plain_one(make_run, tmp_path):
         assert not name.endswith(".B") or value.abs().max() > 1e-4  # a hundred times the tolerance
 
 
+def test_every_stage_tells_how_far_it_is(make_run, tmp_path):
+    told = {}
+    run = make_run("lora_ga", "options={gradient_samples=2}", micro_batch=1, steps=2)
+    training.train(run, tmp_path, cpu=True, report=lambda stage, fraction, word="": told.setdefault(stage, []).append(fraction))
+    assert list(told) == ["reading gradients", "evaluating before training", "training", "evaluating after training"]
+    for stage, fractions in told.items():
+        assert len(fractions) > 1, stage
+        assert fractions == sorted(fractions)
+        assert fractions[-1] == 1
+
+
 # Resuming
 
 STEPS = 18

@@ -61,14 +61,20 @@ class Loop(Trainer):
         # Then it leaves the weights as they are, and averages the gradients of what is not sharded, once in a step
         self.is_distributed_loading_by_transformers = engine.kind == "fsdp"
 
-    def mean_loss(self, rows: Sequence[Row]) -> float:
+    def mean_loss(self, rows: Sequence[Row], tick: Callable[[float], None] = lambda fraction: None) -> float:
         """The mean loss per learnt token over all rows, of which each rank reads its part. Its exponential is the perplexity.
+
+        `tick(fraction done)` is called after each batch.
 
         Raises:
             UsageError: there is no token to predict.
         """
+        batches = Batches(tick)
+        self.add_callback(batches)
         with torch.compiler.set_stance("force_eager"):  # the batches' shapes are others than in training
-            return self.evaluate(rows)["eval_loss"]  # type: ignore[arg-type]  # a list does for a data set
+            loss: float = self.evaluate(rows)["eval_loss"]  # type: ignore[arg-type]  # a list does for a data set
+        self.remove_callback(batches)
+        return loss
 
     @torch.no_grad()
     def prediction_step(
@@ -87,6 +93,18 @@ def mean_over_tokens(found: EvalPrediction) -> dict[str, float]:
     if count == 0:
         raise UsageError("the held-out data has no token to predict")
     return {"loss": float(sums.sum()) / count}
+
+
+class Batches(TrainerCallback):
+    """Counts the batches of an evaluation."""
+
+    def __init__(self, tick: Callable[[float], None]) -> None:
+        self.tick, self.done = tick, 0
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **rest: Any) -> None:
+        """Tell of the batch."""
+        self.done += 1
+        self.tick(self.done / len(eval_dataloader))
 
 
 class Training(Loop):

@@ -60,7 +60,9 @@ def measure(
         from .loop import Loop
 
         rows = tokenise(examples, tokenizer, fields=found, template=template, length=length)
-        loss = Loop(model, engine, size=8, padding=tokenizer.pad_token_id).mean_loss(rows)
+        loss = Loop(model, engine, size=8, padding=tokenizer.pad_token_id).mean_loss(
+            rows, lambda fraction: report("evaluating", fraction, f"{len(rows)} examples")
+        )
         numbers: dict[str, Any] = {"loss": loss, "perplexity": perplexity(loss), "examples": len(rows)}
         said = f"perplexity {numbers['perplexity']:.3f} (mean loss {loss:.4f} per token, {len(rows)} examples)"
     else:

@@ -334,10 +334,16 @@ def train(
         first = saved.step
         before, old_before, tokens, seconds = _read_progress(out, first, engine)
 
+    def losses(when: str) -> tuple[float, float | None]:
+        return (
+            loop.mean_loss(texts.new, lambda fraction: said(f"evaluating {when} training", fraction, "")),
+            loop.mean_loss(texts.old, lambda fraction: said(f"forgetting {when} training", fraction, "")) if texts.old else None,
+        )
+
     def before_steps() -> None:
         nonlocal before, old_before, setup_seconds, clock
         if saved is None:
-            before, old_before = loop.mean_loss(texts.new), loop.mean_loss(texts.old) if texts.old else None
+            before, old_before = losses("before")
             _append(out, {"step": 0, "held_out_loss": before, "old_loss": old_before}, engine)
         clock = time.perf_counter()
         setup_seconds = clock - began
@@ -370,8 +376,7 @@ def train(
         after_step=after_step,
     )
     loop.train()
-    said("evaluating", 0.0, "")
-    after, old_after = loop.mean_loss(texts.new), loop.mean_loss(texts.old) if texts.old else None
+    after, old_after = losses("after")
     written = generate(model, tokenizer, texts.prompts, max_new_tokens=NEW_TOKENS) if texts.prompts else []
     outcome = Outcome(
         run=dataclasses.asdict(run),
