@@ -265,7 +265,8 @@ def optimal_gradient(
     """The step direction of R whose equivalent gradient is nearest to G, from back-propagation's `grad_R` (Theorem 2).
 
     For orthonormal A and B and s = 1 it is `grad_R` itself. B needs full column rank and A full row rank, which is not
-    checked here (this runs in every step): torch's LinAlgError, or entries that are not finite, tell that they lack it.
+    checked here (this runs in every step): torch's LinAlgError tells that they lack it, but rounding may hide it, and the
+    entries then mean nothing.
     """
     check_shapes(grad_R=(grad_R, "rank rank"), A=(A, "rank in"), B=(B, "out rank"))
     short, wide, tall = working(grad_R), working(A), working(B)
@@ -276,7 +277,10 @@ def optimal_gradient(
 
 
 def projected_gradient(G: Float[Tensor, "out in"], A: Float[Tensor, "rank in"], B: Float[Tensor, "out rank"]) -> Float[Tensor, "out in"]:
-    """The part of G in B's column space and A's row space (out, in): what the optimal step moves W along (Theorems 2 to 4)."""
+    """The part of G in B's column space and A's row space (out, in): what the optimal step moves W along (Theorems 2 to 4).
+
+    B needs full column rank and A full row rank, which is not checked here: else a direction outside of them is counted.
+    """
     check_shapes(G=(G, "out in"), A=(A, "rank in"), B=(B, "out rank"))
     left, right = torch.linalg.qr(working(B)).Q, torch.linalg.qr(working(A).mT).Q
     # Theorem 2: P_B G P_A, through the rank

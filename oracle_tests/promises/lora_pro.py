@@ -221,7 +221,10 @@ def small_layers_in_one_call(module):
     assert _most(large.step) == 1100 * 1000
 
 
-@promise("A step of the optimizer reads no value, so that a GPU need not be waited for.", of="LoRAProAdamW")
+@promise(
+    "A step of the optimizer reads no value itself: a GPU is waited for only where torch checks a decomposition, once for each rank.",
+    of="LoRAProAdamW",
+)
 def no_value_is_read(module):
     for mode in ("full", "efficient"):
         layers = [_random_layer(*sizes) for sizes in ((4, 5, 2), (4, 5, 2), (3, 7, 2), (4, 5, 3))]
@@ -324,6 +327,24 @@ def half_precision_is_rounded_once(module):
 
 
 # The optimizer
+
+
+@promise("Factors in half precision move as by the functions: decomposed in float32.", of=("LoRAProAdamW", "_decomposed"))
+def half_precision_in_the_optimizer(module):
+    for mode in ("full", "efficient"):
+        layers = [_layer(dtype=torch.bfloat16) for _ in range(2)]
+        wanted = []
+        for layer in layers:
+            W0, A, B = _weights(layer)
+            given = {"grad_A": layer.A.grad, "grad_B": layer.B.grad, "A": A, "B": B, "scaling": 1.5, "t": 1, "lr": 0.1}
+            if mode == "full":
+                moved = module.step(W0=W0, **module.init_state(A, B)._asdict(), **given)
+            else:
+                moved = module.step_efficient(**module.init_state_efficient(A, B)._asdict(), **given)
+            wanted.append(moved)
+        module.LoRAProAdamW(layers, lr=0.1, mode=mode).step()
+        for layer, moved in zip(layers, wanted, strict=True):
+            torch.testing.assert_close([layer.A.detach(), layer.B.detach()], [moved.A, moved.B])
 
 
 @promise("The layers may come from a generator, and a group added without its layer is an error.", of="LoRAProAdamW")
