@@ -112,24 +112,25 @@ class _Gram(NamedTuple):
 
 
 def _cutoff(values: Tensor) -> Tensor:
-    """Below this an eigenvalue of a Gram matrix (rank) is rounding: ten times the rank times eps, of the largest."""
+    """Below this a number is rounding: ten times how many they are, times eps, of the last, which is the largest."""
     return 10 * values.shape[-1] * torch.finfo(values.dtype).eps * values[..., -1:]
 
 
-def _grams(A: Tensor, B: Tensor, values: Tensor | None = None, vectors: Tensor | None = None) -> tuple[_Gram, _Gram]:
-    """B^T B and A A^T, decomposed, unless `_decomposed` has done it: then with its `values` and `vectors`."""
-    if values is None or vectors is None:
+def _grams(A: Tensor, B: Tensor, known: tuple[Tensor, Tensor] | None = None) -> tuple[_Gram, _Gram]:
+    """B^T B on the left and A A^T on the right, decomposed; `known` is what `_decomposed` has for them, if it was asked."""
+    if known is None:
         return _Gram(*torch.linalg.eigh(B.mT @ B)), _Gram(*torch.linalg.eigh(A @ A.mT))
-    return _Gram(values[0], vectors[0]), _Gram(values[1], vectors[1])
+    check_shapes(A=(A, "rank in"), values=(known[0], "both rank"), vectors=(known[1], "both rank rank"))
+    left, right = map(_Gram, *known)
+    return left, right
 
 
-def _decomposed(factors: Iterable[tuple[Tensor, Tensor]]) -> list[dict[str, Tensor]]:
+def _decomposed(factors: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
     """For each (A, B) the eigenvalues (2, rank) and eigenvectors (2, rank, rank) of B^T B and A A^T, by one call for all of equal rank.
 
     However large the layers are, these matrices are small, so that those of a whole model fit in one call.
     """
-    grams = [torch.stack([B.mT @ B, A @ A.mT]) for A, B in (map(working, pair) for pair in factors)]
-    return [{"gram_values": values, "gram_vectors": vectors} for values, vectors in eigh_together(grams)]
+    return eigh_together([torch.stack([B.mT @ B, A @ A.mT]) for A, B in (map(working, pair) for pair in factors)])
 
 
 def equivalent_gradient(grad_A: RankIn, grad_B: OutRank, A: RankIn, B: OutRank, scaling: float) -> OutIn:
@@ -256,18 +257,17 @@ def step(
     weight_decay: float = 0.0,
     X: str | Square = "sylvester",
     delta: float = 0.0,
-    gram_values: Tensor | None = None,
-    gram_vectors: Tensor | None = None,
+    grams: tuple[Tensor, Tensor] | None = None,
 ) -> Step:
     """One AdamW step: moments of the weight's equivalent gradient, and a step of the factors nearest to Adam's (Algorithm 2).
 
     `t` is 1 in the first step. `X` and `delta` as in `optimal_gradients`. Weight decay shrinks W0 + s B A as a whole, so W0
-    changes with it; without decay `W0` itself comes back. No (out, out) or (in, in) matrix is made. `gram_values` (2, rank) and
-    `gram_vectors` (2, rank, rank) decompose B^T B and A A^T, where that is done for many layers together.
+    changes with it; without decay `W0` itself comes back. No (out, out) or (in, in) matrix is made. `grams` are the
+    eigenvalues (2, rank) and eigenvectors (2, rank, rank) of B^T B and A A^T, if they are known: many layers' take one call.
     """
     check_shapes(A=(A, "rank in"), B=(B, "out rank"), W0=(W0, "out in"), moment1=(moment1, "out in"), moment2=(moment2, "out in"))
     grad_A_, grad_B_, A_, B_ = _checked(grad_A, grad_B, A, B, X)
-    left, right = _grams(A_, B_, gram_values, gram_vectors)
+    left, right = _grams(A_, B_, grams)
     # Any X gives the same equivalent gradient; X = 0 is the cheapest
     g = equivalent_gradient(*_adjusted(grad_A_, grad_B_, A_, B_, left, right, scaling, "zero", delta), A_, B_, scaling)
     direction, new_moment1, new_moment2 = _adam(g, moment1, moment2, t, beta1, beta2, adam_eps)
@@ -314,8 +314,7 @@ def step_efficient(
     weight_decay: float = 0.0,
     X: str | Square = "sylvester",
     delta: float = 0.0,
-    gram_values: Tensor | None = None,
-    gram_vectors: Tensor | None = None,
+    grams: tuple[Tensor, Tensor] | None = None,
 ) -> EfficientStep:
     """One step of ordinary AdamW on each adjusted gradient by itself (official `peta/optim.py`, mode "efficient").
 
@@ -324,7 +323,7 @@ def step_efficient(
     check_shapes(A=(A, "rank in"), moment1_A=(moment1_A, "rank in"), moment2_A=(moment2_A, "rank in"))
     check_shapes(B=(B, "out rank"), moment1_B=(moment1_B, "out rank"), moment2_B=(moment2_B, "out rank"))
     grad_A_, grad_B_, A_, B_ = _checked(grad_A, grad_B, A, B, X)
-    best = _adjusted(grad_A_, grad_B_, A_, B_, *_grams(A_, B_, gram_values, gram_vectors), scaling, X, delta)
+    best = _adjusted(grad_A_, grad_B_, A_, B_, *_grams(A_, B_, grams), scaling, X, delta)
     # AdamW, twice; its normalisation per entry is what undoes the optimality
     for_A, new_1A, new_2A = _adam(best.grad_A, moment1_A, moment2_A, t, beta1, beta2, adam_eps)
     for_B, new_1B, new_2B = _adam(best.grad_B, moment1_B, moment2_B, t, beta1, beta2, adam_eps)
@@ -368,7 +367,7 @@ class LoRAProAdamW(torch.optim.Optimizer):
                 raise ValueError(f"{name} is {value!r}; needed a number of at least 0 and below {end:g}")
         for layer in self.layers:
             _check_rank(layer.A, layer.B)
-        self.varied = tuple(defaults)  # what a group may have of its own; torch adds to `defaults`
+        self.varied = tuple(defaults)  # what a group may have of its own; from here on torch puts more into `defaults`
         super().__init__([{"params": [layer.A, layer.B]} for layer in self.layers], defaults)
 
     @torch.no_grad()
@@ -376,21 +375,23 @@ class LoRAProAdamW(torch.optim.Optimizer):
         """Move every layer whose factors both have a gradient; returns what `closure` does, which is called first if given."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
-        pairs = zip(self.layers, self.param_groups, strict=True)
-        moving = [pair for pair in pairs if all(factor.grad is not None for factor in pair[1]["params"])]
-        known = zip(moving, _decomposed(group["params"] for _, group in moving), strict=True)
-        move = step if self.mode == "full" else step_efficient
-        for ((layer, _), _), moved in map_alike(lambda own: move(**own)._asdict(), known, lambda one: self._arguments(*one[0]) | one[1]):
+        moving = [pair for pair in zip(self.layers, self.param_groups, strict=True) if all(p.grad is not None for p in pair[1]["params"])]
+        items = [(*pair, *own) for pair, own in zip(moving, _decomposed(group["params"] for _, group in moving), strict=True)]
+        for (layer, *_), moved in map_alike(self._move, items, lambda item: self._arguments(*item)):
             for name, weight in (("A", layer.A), ("B", layer.B), ("W0", layer.base.weight)):
                 weight.copy_(moved.pop(name, weight))
             self.state[layer.A].update(moved, t=self.state[layer.A].get("t", 0) + 1)
         return loss
 
-    def _arguments(self, layer: LoRALinear, group: dict[str, Any]) -> dict[str, Any]:
+    def _move(self, given: dict[str, Any]) -> dict[str, Tensor]:
+        grams, move = (given.pop("values"), given.pop("vectors")), step if self.mode == "full" else step_efficient
+        return move(**given, grams=grams)._asdict()
+
+    def _arguments(self, layer: LoRALinear, group: dict[str, Any], values: Tensor, vectors: Tensor) -> dict[str, Any]:
         A, B, full = layer.A, layer.B, self.mode == "full"
         kept = self.state[A] or {"t": 0, **(init_state(A, B) if full else init_state_efficient(A, B))._asdict()}
-        numbers = {"scaling": layer.scaling, "X": self.X, "delta": self.delta, **{name: group[name] for name in self.varied}}
-        given = {"grad_A": A.grad, "grad_B": B.grad, "A": A, "B": B, **kept, "t": kept["t"] + 1, **numbers}
+        more = {"t": kept["t"] + 1, "scaling": layer.scaling, "X": self.X, "delta": self.delta, **{k: group[k] for k in self.varied}}
+        given = {"grad_A": A.grad, "grad_B": B.grad, "A": A, "B": B, "values": values, "vectors": vectors, **kept, **more}
         return given | {"W0": layer.base.weight.to(A.dtype)} if full else given
 
 

@@ -9,7 +9,7 @@ from loracle.oracle_tests.contract import Shape
 from loracle.oracle_tests.mistakes import Observables, mistake
 from loracle.oracle_tests.strategies import Matrices
 from loracle.reference import lora_pro as right
-from loracle.reference.lora import Factors, Gradients
+from loracle.reference.lora import Factors, Gradients, gradients
 
 
 def _B(case):
@@ -129,6 +129,17 @@ def optimal_without_projector(grad_A, grad_B, A, B, scaling, *, X="sylvester", d
     left, whole = right._grams(A, B)
     inside = B @ (left.inverse(delta) @ (B.mT @ grad_B)) @ whole.inverse(delta) / scaling**2
     return found._replace(grad_B=found.grad_B + inside)
+
+
+@mistake(
+    "Both gradients are preconditioned by the other factor's Gram matrix, without projection and free matrix (PEFT's Riemannian "
+    "optimizer, which is no LoRA-Pro).",
+    replaces="optimal_gradients",
+    breaks=("lora_pro.L2", "lora_pro.L3b", "lora_pro.L4"),
+)
+def preconditioned_only(grad_A, grad_B, A, B, scaling, *, X="sylvester", delta=0.0):
+    left, whole = right._grams(A, B)
+    return Gradients(left.inverse(delta) @ grad_A, grad_B @ whole.inverse(delta))
 
 
 @mistake(
@@ -529,6 +540,21 @@ def no_decay(**given):
 def moments_in_bfloat16(**given):
     moved = right.step(**given)
     return moved._replace(moment1=moved.moment1.bfloat16().to(moved.A.dtype), moment2=moved.moment2.bfloat16().to(moved.A.dtype))
+
+
+@mistake(
+    "The moments are rounded to bfloat16 and the step is taken with what is left of them (a port of the authors' DeepSpeed code).",
+    replaces="step",
+    breaks=("lora_pro.L13b", "lora_pro.L13d"),
+)
+def moments_used_in_bfloat16(*, t, lr, beta1=0.9, beta2=0.999, adam_eps=1e-8, X="sylvester", delta=0.0, weight_decay=0.0, **given):
+    moved = right.step(t=t, lr=lr, beta1=beta1, beta2=beta2, adam_eps=adam_eps, X=X, delta=delta, weight_decay=weight_decay, **given)
+    moment1, moment2 = (moment.bfloat16().to(moved.A.dtype) for moment in (moved.moment1, moved.moment2))
+    direction = moment1 / (1 - beta1**t) / ((moment2 / (1 - beta2**t)).sqrt() + adam_eps)
+    A, B, s = given["A"], given["B"], given["scaling"]
+    final = right.optimal_gradients(*gradients(direction, A, B, s), A, B, s, X=X, delta=delta)
+    kept = (1 - lr * weight_decay) ** 0.5
+    return moved._replace(A=kept * A - lr * final.grad_A, B=kept * B - lr * final.grad_B, moment1=moment1, moment2=moment2)
 
 
 @mistake("Decay is not multiplied by the learning rate.", replaces="step", breaks=("lora_pro.L14a", "lora_pro.L13c"))

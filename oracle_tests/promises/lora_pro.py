@@ -303,6 +303,21 @@ def sizes_of_the_state(module):
         refuses(module.step_efficient, f"moment1_{name}", **given, **moments)
 
 
+@promise("Gram matrices that are known already are refused if they are of another size or number.", of=("step", "step_efficient", "_grams"))
+def sizes_of_the_grams(module):
+    layer = _layer()
+    W0, A, B = _weights(layer)
+    given = {"grad_A": layer.A.grad, "grad_B": layer.B.grad, "A": A, "B": B, "scaling": 1.5, "t": 1, "lr": 0.1}
+    ways = (
+        partial(module.step, **given, W0=W0, **module.init_state(A, B)._asdict()),
+        partial(module.step_efficient, **given, **module.init_state_efficient(A, B)._asdict()),
+    )
+    for way in ways:
+        for values, vectors, name in (((2, 3), (2, 3, 3), "values"), ((2, 2), (2, 2, 1), "vectors"), ((3, 2), (2, 2, 2), "vectors")):
+            refuses(way, name, grams=(torch.ones(values, dtype=A.dtype), torch.ones(vectors, dtype=A.dtype)))
+        refuses(way, "", grams=(torch.ones(3, 2, dtype=A.dtype), torch.ones(3, 2, 2, dtype=A.dtype)))
+
+
 @promise(
     "In half precision everything is computed in float32 and rounded once.", of=("step", "step_efficient", "optimal_gradients", "sgd_step")
 )
