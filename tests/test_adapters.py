@@ -36,6 +36,12 @@ def test_a_pattern_has_to_match_the_whole_name():
             replace_linears(make_model(), pattern, adapter)
 
 
+def test_a_model_that_is_itself_a_layer_has_no_name_to_be_replaced_by():
+    for pattern in (".*", ""):
+        with pytest.raises(ValueError, match="the model has: none"):
+            replace_linears(nn.Linear(5, 4), pattern, adapter)
+
+
 def test_an_adapted_layer_is_not_adapted_again():
     model = make_model()
     replace_linears(model, "head", adapter)
