@@ -20,7 +20,8 @@ Where paper and code differ (`SKDDJ/LoLDU`), and what is left open:
   pivots for `ones`, `zeros`, `s_uniform` and `s_normal`: there the model does not start at W0. Here the start is subtracted
   for every name (`preserve=True`), or the pivots (`preserve=False`), as the code does for those four.
 - Official `disable` and `remove` leave the residual, not W0. `restore` gives W0 back; the layer here keeps it all along.
-- A zero pivot gives NaN or infinity there, an error here; only the leading `rank` pivots have to be non-zero.
+- A zero pivot gives NaN or infinity there; one that is zero but for rounding, huge factors. Both are errors here. Only the
+  leading `rank` pivots have to be non-zero.
 - sigma is a parameter there that the optimizer is not given. Here `train_scaling` chooses; the default is the same.
 - The start by `lu` is the default of the code. That the paper's tables use it is an inference.
 - The paper speaks of orthogonality. P is orthogonal; L and U are not.
@@ -98,7 +99,7 @@ def ldu(W0: Float[Tensor, "out in"]) -> LDU:
     unique. Half precision is factored in float32. Source: the paper's section on the method, official `loldu.py`.
 
     Raises:
-        ValueError: W0 is no floating-point matrix, has an entry that is NaN or infinite, or a pivot is zero.
+        ValueError: W0 is no floating-point matrix, has an entry that is NaN or infinite, or a pivot is zero but for rounding.
     """
     check_shapes(W0=(W0, "out in"))
     U, D, L, P = _factorise(W0, min(W0.shape))
@@ -110,11 +111,13 @@ def _factorise(W0: Tensor, rank: int) -> LDU:
     check_finite(W0=W0)
     swaps, L, upper = torch.linalg.lu(working(W0))  # W0 = swaps L upper, with |L| at most 1
     D = upper.diagonal()[:rank]
-    if len(zero := (D == 0).nonzero()):
+    # What is left of a column that depends on those before it is rounding
+    rounding = 10 * max(W0.shape) * torch.finfo(upper.dtype).eps * upper.abs().max()
+    if len(zero := (D.abs() <= rounding).nonzero()):
         others = f"a rank of at most {int(zero[0])}, " if zero[0] else ""
         raise ValueError(
-            f"W0 has a zero pivot at position {int(zero[0]) + 1} of {min(W0.shape)}: the column there depends on those before it, "
-            f"and its row of U would be divided by zero; use {others}a method without pivots, or leave the layer out"
+            f"W0 has a zero pivot at position {int(zero[0]) + 1} of {min(W0.shape)}: but for rounding the column there depends on "
+            f"those before it, and its row of U would be divided by zero; use {others}a method without pivots, or leave the layer out"
         )
     # The LU's upper triangle is diag(D) U: each row is divided by its pivot
     U = upper[:rank] / D[:, None]
@@ -181,8 +184,8 @@ def init(
     the pivots instead of z, as in the official code for "ones", "zeros", "s_uniform" and "s_normal".
 
     Raises:
-        ValueError: `rank` is not in 1..min(out, in), W0 is not finite, a leading pivot is zero, `scaling` is not positive, or as
-            `init_diagonal`.
+        ValueError: `rank` is not in 1..min(out, in), W0 is not finite, a leading pivot is zero but for rounding, `scaling` is not
+            positive, or as `init_diagonal`.
     """
     check_positive("scaling", scaling)
     (U, subtracted, L, P), z = _start(W0, rank, diagonal, noise, preserve)

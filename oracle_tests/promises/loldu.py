@@ -46,6 +46,17 @@ def zero_pivot(module):
     zeros[:, 2] = 0
     assert "position 3 of 4" in _message(module.ldu, zeros)
     assert "at most 2" in _message(module.ldu, zeros)
+    thirds = torch.tensor([[1.0, 1e8 / 3], [1 / 7, 1e8 / 21]], dtype=torch.float64)
+    for W0 in (thirds, -thirds):
+        assert "a rank of at most 1" in _message(module.ldu, W0)
+    for dtype, least in ((torch.float64, 1e-13), (torch.float32, 1e-4)):
+        thin = (randn(6, 3) @ randn(3, 8)).to(dtype)
+        assert "a rank of at most 3" in _message(module.init, thin, rank=5)
+        wide = (randn(300, 150) @ randn(150, 300)).to(dtype)
+        assert "a rank of at most 150" in _message(module.init, wide, rank=200)
+        # Small is not zero: of a pivot that is well above rounding a row of U is made
+        small = torch.tensor([[1.0, 2, 3], [0, least, 1]], dtype=dtype)
+        assert torch.isfinite(module.ldu(small)[0]).all()
 
 
 def _message(function, *args, **given):
@@ -130,7 +141,7 @@ def normal_needs_two_pivots(module):
 
 @promise("Weights whose factors leave the range of half precision are refused.", of=("ldu", "init", "_stored"))
 def range_of_half_precision(module):
-    W0 = torch.tensor([[1e-7, 1.0], [0.0, 1.0]], dtype=torch.float16)
+    W0 = torch.tensor([[1e-5, 1.0], [0.0, 1.0]], dtype=torch.float16)
     for function, given in ((module.ldu, {}), (module.init, {"rank": 1})):
         refuses(function, "U", W0, **given)
         refuses(function, "float16", W0, **given)
