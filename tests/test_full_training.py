@@ -18,6 +18,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from loracle.toy_tasks import methods
 from loracle.toy_tasks.full_scale import checkpoints, training
+from loracle.toy_tasks.full_scale.data import Order, collate
+from loracle.toy_tasks.full_scale.evaluation import count_tokens
 from loracle.toy_tasks.full_scale.settings import resolve
 
 SETTINGS = ["precision=float32", "batch_size=4", "rank=2", "alpha=4", "lr=1e-2", "sequence_length=40", "dropout=0", "weight_decay=0"]
@@ -77,6 +79,27 @@ def test_checkpointing_and_accumulation_change_no_weight_much(make_run, tmp_path
     assert passes == [1] * blocks * steps * 4 * 2  # the backward pass computes each block once more
     for name, value in final_tensors(tmp_path / "plain").items():
         torch.testing.assert_close(final_tensors(tmp_path / "other")[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_step_goes_down_the_gradient_of_transformers_own_loss(make_run, tmp_path):
+    """By the rate times the gradient of the mean over all tokens of the step (in float32), in micro-batches of unequal numbers."""
+    data = tmp_path / "uneven.jsonl"
+    data.write_text("".join(json.dumps({"instruction": "1 + 2", "response": "3 " * (1 + i % 7)}) + "\n" for i in range(24)))
+    overrides = ["precision=float64", "optimizer=sgd", "lr=0.5", "schedule=constant"]
+    run = make_run("full", *overrides, data=str(data), steps=1, micro_batch=1)
+    training.train(run, tmp_path, cpu=True)
+    model, tokenizer = training.load_model(run.model, torch.float64)
+    rows = training.load_texts(run, tokenizer).train
+    [chosen] = Order(len(rows), batch_size=4, micro_batch=4, steps=1, seed=run.seed)
+    batch = collate([rows[i] for i in chosen], 0)
+    assert len({count_tokens(part) for part in batch["labels"].split(1)}) > 1
+    loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    assert training.read_log(tmp_path)[1]["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    weights = dict(model.named_parameters())
+    for name, value in final_tensors(tmp_path).items():
+        weight = weights[name.removeprefix("model.")]
+        torch.testing.assert_close(value, (weight - 0.5 * weight.grad).detach(), rtol=0, atol=1e-6 * 0.5 * float(weight.grad.abs().max()))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU, and there is no g++")
