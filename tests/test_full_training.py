@@ -133,7 +133,17 @@ def test_every_stage_tells_how_far_it_is(make_run, tmp_path):
 STEPS = 18
 
 
+@pytest.fixture
+def one_thread():
+    """A forked process waits for ever for the threads of the one that it was forked from."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("method", methods.names())
+@pytest.mark.usefixtures("one_thread")
 def test_a_killed_run_ends_as_the_unbroken_one(make_run, tmp_path, method):
     """Killed by SIGKILL at a random moment, resumed: the same bits in weights and moments."""
     overrides = ["dropout=0.1"] if method in ("lora", "lora_ga", "lora_pro", "block_lora", "nlora") else []
