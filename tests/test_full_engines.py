@@ -162,6 +162,10 @@ def test_a_whole_run_of_two_ranks_gives_the_weights_of_one(folder, kind, method)
     assert alone.keys() == two.keys()
     for name, value in alone.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    logs = (training.read_log(folder / f"{name}-{method}-unbroken") for name in ("single", kind))
+    for one, other in zip(*logs, strict=True):
+        for key in {"loss", "held_out_loss"} & one.keys():
+            assert other[key] == pytest.approx(one[key], rel=1e-4), key
 
 
 @pytest.mark.parametrize("method", RESUMED)
@@ -179,9 +183,10 @@ def test_two_ranks_go_on_from_a_checkpoint(folder, kind, method):
 
 
 def test_the_command_under_accelerate_launch(tiny_llama, tmp_path):
-    """As a user starts several processes. (Without a GPU, `--cpu --num_processes 2` would start one process only.)"""
+    """As a user starts several processes. (Without a GPU, `--cpu --num_processes 2` would start one process only.) His launcher's
+    precision is not the run's."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--num_processes=2"]
-    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_ip=127.0.0.1", f"--main_process_port={free_port()}"]
+    launch += ["--mixed_precision=bf16", "--dynamo_backend=no", "--main_process_ip=127.0.0.1", f"--main_process_port={free_port()}"]
     command = ["-m", "loracle.toy_tasks.full_scale", "lora", "--cpu", "--engine=fsdp", "--steps=2", f"--out={tmp_path / 'out'}"]
     command += [f"--model={tiny_llama}", f"--data={tiny_llama.parent / 'data.jsonl'}", "--fields=response"]
     for setting in ("precision=float32", "batch_size=4", "rank=2", "lr=1e-2", "sequence_length=40"):

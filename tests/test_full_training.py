@@ -18,6 +18,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from loracle.toy_tasks import methods
 from loracle.toy_tasks.full_scale import checkpoints, training
+from loracle.toy_tasks.full_scale.data import Order, collate
+from loracle.toy_tasks.full_scale.evaluation import count_tokens
 from loracle.toy_tasks.full_scale.settings import resolve
 
 SETTINGS = ["precision=float32", "batch_size=4", "rank=2", "alpha=4", "lr=1e-2", "sequence_length=40", "dropout=0", "weight_decay=0"]
@@ -79,6 +81,27 @@ def test_checkpointing_and_accumulation_change_no_weight_much(make_run, tmp_path
         torch.testing.assert_close(final_tensors(tmp_path / "other")[name], value, rtol=1e-3, atol=1e-4)
 
 
+def test_a_step_goes_down_the_gradient_of_transformers_own_loss(make_run, tmp_path):
+    """By the rate times the gradient of the mean over all tokens of the step (in float32), in micro-batches of unequal numbers."""
+    data = tmp_path / "uneven.jsonl"
+    data.write_text("".join(json.dumps({"instruction": "1 + 2", "response": "3 " * (1 + i % 7)}) + "\n" for i in range(24)))
+    overrides = ["precision=float64", "optimizer=sgd", "lr=0.5", "schedule=constant"]
+    run = make_run("full", *overrides, data=str(data), steps=1, micro_batch=1)
+    training.train(run, tmp_path, cpu=True)
+    model, tokenizer = training.load_model(run.model, torch.float64)
+    rows = training.load_texts(run, tokenizer).train
+    [chosen] = Order(len(rows), batch_size=4, micro_batch=4, steps=1, seed=run.seed)
+    batch = collate([rows[i] for i in chosen], 0)
+    assert len({count_tokens(part) for part in batch["labels"].split(1)}) > 1
+    loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    assert training.read_log(tmp_path)[1]["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    weights = dict(model.named_parameters())
+    for name, value in final_tensors(tmp_path).items():
+        weight = weights[name.removeprefix("model.")]
+        torch.testing.assert_close(value, (weight - 0.5 * weight.grad).detach(), rtol=0, atol=1e-6 * 0.5 * float(weight.grad.abs().max()))
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU, and there is no g++")
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # of the compiler's own modules
 def test_a_compiled_run_is_the_plain_one(make_run, tmp_path):
@@ -110,7 +133,17 @@ def test_every_stage_tells_how_far_it_is(make_run, tmp_path):
 STEPS = 18
 
 
+@pytest.fixture
+def one_thread():
+    """A forked process waits for ever for the threads of the one that it was forked from."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("method", methods.names())
+@pytest.mark.usefixtures("one_thread")
 def test_a_killed_run_ends_as_the_unbroken_one(make_run, tmp_path, method):
     """Killed by SIGKILL at a random moment, resumed: the same bits in weights and moments."""
     overrides = ["dropout=0.1"] if method in ("lora", "lora_ga", "lora_pro", "block_lora", "nlora") else []

@@ -55,6 +55,7 @@ class Loop(Trainer):
             report_to="none",
             disable_tqdm=True,
         )
+        arguments.mixed_precision = "no"  # whatever accelerate was started with: the run's precision is that of its weights
         filled = functools.partial(collate, padding=padding)
         super().__init__(model, arguments, data_collator=filled, compute_metrics=mean_over_tokens, **more)
         self.remove_callback(PrinterCallback)

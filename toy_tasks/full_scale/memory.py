@@ -43,7 +43,9 @@ def peak_memory(device: torch.device) -> int:
 # What a run will need
 
 BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
-RUNTIME = 0.6 * 2**30  # Python, torch and transformers themselves, which count on a CPU
+# Python, torch and transformers themselves, which count on a CPU; so does the code that oneDNN writes for the products in
+# bfloat16 (half a MiB for each new size of one, and no more for larger matrices), which a GPU does not need
+RUNTIME = 0.6 * 2**30
 DDP_SENT = 2 * 250 * 2**20  # torch's DDP sends the first process's tensors in such pieces, two on their way at a time
 SAFE = 0.95  # of a device's memory; the rest goes to fragments and the libraries' own buffers
 
