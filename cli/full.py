@@ -232,8 +232,9 @@ def plan(
 
             from ..toy_tasks.full_scale import memory as planning
         device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
-        available = memory * 2**30 if memory is not None else float(planning.device_memory(device))
         on_cpu = device.type == "cpu" and memory is None
+        # The processes on one machine share the memory of its CPU
+        available = memory * 2**30 if memory is not None else planning.device_memory(device) / (devices if on_cpu else 1)
         try:
             config = planning.known_config(decided.model, sizes)
         except UsageError as error:
@@ -262,7 +263,8 @@ def plan(
             console.print(f"It fits into {format_bytes(available)}.", highlight=False)
             return
         console.print(f"It does not fit into {format_bytes(available)}.", highlight=False)
-        for line in planning.advise(decided, config, available, cpu=on_cpu) or ["nothing that this command knows of; take a smaller model"]:
+        advice = planning.advise(decided, config, available, ranks=devices, cpu=on_cpu)
+        for line in advice or ["nothing that this command knows of; take a smaller model"]:
             console.print(f"would fit: {line}", soft_wrap=True, highlight=False)
         raise typer.Exit(FAILED)
 

@@ -114,6 +114,38 @@ def test_advice_fits():
     assert "fsdp" in memory.advise(run, config, 14 * GIB, cpu=False)[0]
 
 
+@pytest.mark.parametrize(("engine", "ranks", "size"), [("ddp", 4, 48), ("ddp", 4, 20), ("fsdp", 4, 20), ("fsdp", 4, 15), ("single", 1, 48)])
+def test_what_is_advised_can_be_had(engine, ranks, size):
+    """Each line, taken as it stands with that number of devices, is a run that is accepted and fits."""
+    config = memory.known_config("meta-llama/Llama-2-7b-hf")
+    run = resolve("lora", model="paper", engine=engine, overrides=["sequence_length=1024"])
+    lines = memory.advise(run, config, size * GIB, ranks=ranks, cpu=False)
+    assert lines
+    for line in lines:
+        words, _, more = line.partition(" on ")
+        devices = int(more.removesuffix(" devices") or ranks)
+        taken = dataclasses.replace(
+            run,
+            micro_batch=int(re.search(r"--micro-batch (\d+)", words)[1]),
+            gradient_checkpointing="--checkpointing" in words,
+            engine="fsdp" if "--engine fsdp" in words else engine,
+        )
+        assert memory.fits(memory.estimate(taken, config, ranks=devices), size * GIB, cpu=False), line
+    if lines[0].startswith("--micro-batch"):  # the largest that fits
+        larger = dataclasses.replace(run, micro_batch=2 * int(lines[0].split()[1]))
+        assert run.batch_size % (larger.micro_batch * ranks) or not memory.fits(
+            memory.estimate(larger, config, ranks=ranks), size * GIB, cpu=False
+        )
+
+
+def test_processes_on_one_machine_share_its_memory():
+    config = memory.known_config("any", (64, 176, 2, 4, 512))
+    run = resolve("lora", model="paper", engine="ddp", overrides=["sequence_length=1024", "precision=float32", "batch_size=64"])
+    needed = memory.estimate(run, config, ranks=4, cpu=True).total
+    [first, *_] = memory.advise(run, config, 0.9 * needed + memory.RUNTIME, ranks=4, cpu=True)
+    assert first == "--micro-batch 8"  # of 16
+
+
 def invoke(*words):
     return CliRunner().invoke(app, ["full", "plan", *words], catch_exceptions=False)
 

@@ -158,10 +158,12 @@ def test_a_killed_run_ends_as_the_unbroken_one(make_run, tmp_path, method):
             os._exit(1)
     deadline = time.monotonic() + 120
     log = tmp_path / "killed" / training.LOG
-    while not log.exists() or log.read_text().count("\n") <= after:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(child, signal.SIGKILL)
+    try:
+        while not log.exists() or log.read_text().count("\n") <= after:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     kept = checkpoints.find(tmp_path / "killed")
     assert len(kept) == 1

@@ -29,7 +29,7 @@ class Arguments(TrainingArguments):
 
     n_gpu = property(lambda self: 1)  # else one process that sees several GPUs gets `nn.DataParallel`
     place_model_on_device = property(lambda self: False)  # the model is there, and where it is sharded it cannot be moved
-    should_save = property(lambda self: False)
+    should_save = property(lambda self: False)  # no folder of its own: `checkpoints` writes
 
 
 class Loop(Trainer):
@@ -44,7 +44,7 @@ class Loop(Trainer):
             per_device_train_batch_size=size,
             per_device_eval_batch_size=size,
             gradient_accumulation_steps=accumulation,
-            max_grad_norm=0.0,
+            max_grad_norm=0.0,  # no clipping
             use_cpu=engine.device.type == "cpu",
             ddp_broadcast_buffers=False,  # every rank holds the same ones from the start
             ddp_find_unused_parameters=False,
@@ -59,7 +59,8 @@ class Loop(Trainer):
         filled = functools.partial(collate, padding=padding)
         super().__init__(model, arguments, data_collator=filled, compute_metrics=mean_over_tokens, **more)
         self.remove_callback(PrinterCallback)
-        # Then it leaves the weights as they are, and averages the gradients of what is not sharded, once in a step
+        # What `Engine.shard` has sharded is to it as if transformers' own loading had (with `config.distributed_config`): DDP is
+        # left out, and the gradients of what is whole beside it, the adapters, are averaged by Trainer, once in a step
         self.is_distributed_loading_by_transformers = engine.kind == "fsdp"
 
     def mean_loss(self, rows: Sequence[Row], tick: Callable[[float], None] = lambda fraction: None) -> float:
@@ -81,9 +82,10 @@ class Loop(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, Tensor, Tensor]:
-        """The sum of the losses of each row's tokens, and the labels."""
+        """No loss, in the place of the logits the sum of the losses of each row's tokens, and the labels: see `mean_over_tokens`."""
         labels = inputs.pop("labels")
         logits = model(**inputs).logits
+        # Each row as a batch of its own
         return None, torch.stack([token_losses(*row) for row in zip(logits[:, None], labels[:, None], strict=True)]), labels
 
 
@@ -112,7 +114,9 @@ class Training(Loop):
     """Train from step `first` on. `before_steps()` is called once all is set up, `after_step(steps done, loss, learnt tokens)`
     after each step.
 
-    Do not evaluate before: accelerate then takes the model for one that DDP has wrapped already.
+    What is to be evaluated before training is evaluated in `before_steps`, and not before `train`: accelerate would then take the
+    model for one that DDP has wrapped already, and gradients would not be averaged.
+
     The loss of a step is the sum over the tokens of all ranks and micro-batches, divided by their number. Random numbers
     (of dropout) are seeded by step and rank, so that a resumed run draws what the unbroken one does.
     """
@@ -182,7 +186,10 @@ class Steps(TrainerCallback):
         self.loss, self.count = torch.zeros(()), torch.zeros(())
 
     def share_of_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
-        """What a micro-batch adds to the loss of the step. `num_items_in_batch` counts the tokens to learn of all ranks."""
+        """What a micro-batch adds to the loss of the step. `num_items_in_batch` counts the tokens to learn of all ranks.
+
+        Trainer multiplies it by the number of ranks before the backward pass, since the engines average gradients over them.
+        """
         share = token_losses(outputs.logits, labels) / num_items_in_batch
         self.loss, self.count = self.loss + share.detach(), num_items_in_batch
         return share

@@ -272,29 +272,32 @@ def fits(plan: Plan, memory: float, *, cpu: bool) -> bool:
     return plan.total + (RUNTIME if cpu else 0) <= SAFE * memory
 
 
-def advise(run: Run, config: Any, memory: float, *, cpu: bool, most_devices: int = 64) -> list[str]:
-    """What would fit, the smallest change first: options of `loracle full run`, one line each. Empty if nothing found does."""
+def advise(run: Run, config: Any, memory: float, *, ranks: int = 1, cpu: bool, most_devices: int = 64) -> list[str]:
+    """What would fit into `memory` of each of `ranks` devices, the smallest change first: options of `loracle full run`, one
+    line each. Empty if nothing found does. With `cpu` the devices are processes, and more of them share the same memory.
+    """
     found: list[str] = []
 
-    def try_(how: str, changed: Run, ranks: int = 1) -> None:
-        if fits(estimate(changed, config, ranks=ranks, cpu=cpu), memory, cpu=cpu):
+    def try_(how: str, changed: Run, devices: int) -> None:
+        own = memory * ranks / devices if cpu else memory
+        if fits(estimate(changed, config, ranks=devices, cpu=cpu), own, cpu=cpu):
             found.append(how)
 
-    rows = run.rows_at_once()
+    rows = run.rows_at_once(ranks)
     halves = [rows >> k for k in range(1, rows.bit_length()) if rows % (1 << k) == 0]
     for size in halves:
         if not found:
-            try_(f"--micro-batch {size}", replace(run, micro_batch=size, engine="auto"))
+            try_(f"--micro-batch {size}", replace(run, micro_batch=size), ranks)
     smallest = min(halves, default=rows)
     for size in (rows, *halves):
         if not any("--checkpointing" in how for how in found):
-            try_(f"--checkpointing --micro-batch {size}", replace(run, micro_batch=size, gradient_checkpointing=True, engine="auto"))
-    ranks = 2
-    while not found and ranks <= most_devices:
-        if run.batch_size % (smallest * ranks) == 0:
+            try_(f"--checkpointing --micro-batch {size}", replace(run, micro_batch=size, gradient_checkpointing=True), ranks)
+    devices = 2 * ranks if run.engine == "fsdp" or ranks == 1 else ranks
+    while not found and devices <= most_devices:
+        if run.batch_size % (smallest * devices) == 0:
             smaller = replace(run, micro_batch=smallest, gradient_checkpointing=True, engine="fsdp")
-            try_(f"--engine fsdp --checkpointing --micro-batch {smallest} on {ranks} devices", smaller, ranks)
-        ranks *= 2
+            try_(f"--engine fsdp --checkpointing --micro-batch {smallest} on {devices} devices", smaller, devices)
+        devices *= 2
     return found
 
 

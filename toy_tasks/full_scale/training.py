@@ -412,9 +412,9 @@ def check_memory(run: Run, engine: Engine, folder: str) -> None:
     cpu, free = engine.device.type == "cpu", device_memory(engine.device)
     config = known_config(folder)
     plan = estimate(run, config, ranks=engine.ranks, cpu=cpu)
-    # The processes on one machine share the memory of its CPU
-    if not fits(plan, free / (engine.ranks if cpu else 1), cpu=cpu):
-        would = "; or ".join(advise(run, config, free, cpu=cpu)) or "a smaller model"
+    own = free / (engine.ranks if cpu else 1)  # the processes on one machine share the memory of its CPU
+    if not fits(plan, own, cpu=cpu):
+        would = "; or ".join(advise(run, config, own, ranks=engine.ranks, cpu=cpu)) or "a smaller model"
         raise UsageError(
             f"this run needs {plan.total / 2**30:.1f} GiB and {engine.device} has {free / 2**30:.1f} GiB free; what would fit: {would}"
         )
