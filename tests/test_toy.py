@@ -597,7 +597,13 @@ def test_ctrl_c_says_how_to_go_on(cli, fake, tmp_path):
 def test_a_real_sigint_keeps_what_is_finished(tmp_path):
     arguments = ["run", "lora", "--quick", "--set", "tail_steps=2", "--set", "digits_steps=1000000", "--out", str(tmp_path)]
     code = "import sys; from loracle.cli.toy import app; app(sys.argv[1:])"
-    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # What a shell starts in the background ignores the signal, and so does what that starts: the tests may run so
+    own, ours = (
+        {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True},
+        signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], **own)
+    signal.signal(signal.SIGINT, ours)
     deadline = time.monotonic() + 300
     while not (tmp_path / "parts" / "rslora.json").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
