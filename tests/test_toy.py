@@ -608,7 +608,10 @@ def test_a_real_sigint_keeps_what_is_finished(tmp_path):
     while not (tmp_path / "parts" / "rslora.json").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=300)
+    try:
+        output, _ = process.communicate(timeout=300)
+    finally:
+        process.kill()
     assert process.returncode == 130, output
     assert "interrupted" in output
     assert "Traceback" not in output
