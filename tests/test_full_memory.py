@@ -141,9 +141,9 @@ def test_what_is_advised_can_be_had(engine, ranks, size):
 def test_processes_on_one_machine_share_its_memory():
     config = memory.known_config("any", (64, 176, 2, 4, 512))
     run = resolve("lora", model="paper", engine="ddp", overrides=["sequence_length=1024", "precision=float32", "batch_size=64"])
-    needed = memory.estimate(run, config, ranks=4, cpu=True).total
-    [first, *_] = memory.advise(run, config, 0.9 * needed + memory.RUNTIME, ranks=4, cpu=True)
-    assert first == "--micro-batch 8"  # of 16
+    four, eight = (memory.estimate(dataclasses.replace(run, micro_batch=n), config, ranks=4, cpu=True).total for n in (4, 8))
+    [first, *_] = memory.advise(run, config, ((four + eight) / 2 + memory.RUNTIME) / memory.SAFE, ranks=4, cpu=True)
+    assert first == "--micro-batch 4"  # of 16
 
 
 def invoke(*words):
