@@ -3,6 +3,7 @@
 import functools
 import gc
 import json
+import warnings
 
 import pytest
 
@@ -45,3 +46,18 @@ def tiny_llama(tmp_path_factory):
     tokenizer.save_pretrained(folder)
     gc.freeze()  # every run collects garbage, and need not look for it in what was imported
     return folder
+
+
+@pytest.fixture(scope="session")
+def tensors_in():
+    """What a checkpoint holds by name, whole, whatever the number of processes that wrote it; read by torch in this one."""
+    torch, dcp = pytest.importorskip("torch"), pytest.importorskip("torch.distributed.checkpoint")
+
+    def read(folder):
+        contents = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+        found = {name: torch.full(content.size, 77, dtype=content.properties.dtype) for name, content in contents.items()}
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that there is one process
+            dcp.load(found, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+        return found
+
+    return read

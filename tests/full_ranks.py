@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loracle.toy_tasks.full_scale import checkpoints, training
-from loracle.toy_tasks.full_scale.engine import Engine, gathered
+from loracle.toy_tasks.full_scale.engine import Engine
 from loracle.toy_tasks.full_scale.loop import Training
 from loracle.toy_tasks.full_scale.settings import resolve
 
@@ -42,6 +43,11 @@ class Collectives(TorchDispatchMode):
             first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
             self.calls.append((func._schema.name.removeprefix("c10d::"), first.numel() if isinstance(first, torch.Tensor) else 0))
         return func(*args, **kwargs or {})
+
+
+def gathered(tensor):
+    """The whole of a tensor that may be sharded; every rank has to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class Tokenizer:
@@ -93,7 +99,7 @@ def final_weights(kind, name, case):
         loop.train()
     if exchanged and rank == 0:
         (out / f"{kind}-{name}-calls.json").write_text(json.dumps(exchanged.calls))
-    weights = {key: gathered(value).detach() for key, value in training.tensors_of(prepared.model).items()}
+    weights = {key: gathered(value).detach() for key, value in checkpoints.tensors_of(prepared.model).items()}
     moved = torch.stack([(weights[key] - value).abs().max() for key, value in before.items()])
     return weights | {"losses": torch.tensor(losses, dtype=torch.float64), "moved": moved}
 
@@ -106,8 +112,8 @@ def train_until(last, run, folder):
     """A run that is stopped in every rank once the checkpoint of step `last` is there; the steps of the checkpoints it wrote."""
     write, written = checkpoints.write, []
 
-    def write_and_stop(out, step, *rest, **named):
-        write(out, step, *rest, **named)
+    def write_and_stop(folder, step, *rest, **named):
+        write(folder, step, *rest, **named)
         written.append(step)
         if step == last:
             if ranks > 1:
@@ -131,6 +137,8 @@ def resume(kind, name, case):
     if ranks == 1:
         return
     assert train_until(2, run, out / f"{kind}-{name}-resumed") == [2]
+    if rank == 0:
+        shutil.copytree(out / f"{kind}-{name}-resumed", out / f"{kind}-{name}-handed")
     assert train_until(4, run, out / f"{kind}-{name}-resumed") == [4]
 
 

@@ -243,18 +243,56 @@ def test_tensors_of_another_rank(unfinished):
     run, out = unfinished
     model, _ = training.load_model(run().model, torch.float32)
     training.attach(run("rank=3"), model, training.stand_in_gradients(model))
-    state = checkpoints.find(out)[-1]
+    saved = checkpoints.read(checkpoints.find(out)[-1], run())
     with pytest.raises(ToyError, match="it belongs to another method, rank or model"):
-        checkpoints.put(model, checkpoints.read(state, run()).weights, state)
+        checkpoints.restore_weights(saved, model)
 
 
-@pytest.mark.parametrize("name", [checkpoints.STATE, checkpoints.RUN, checkpoints.START])
+@pytest.mark.parametrize("name", ["shard-*.safetensors", checkpoints.RUN, checkpoints.START])
 def test_a_truncated_checkpoint(unfinished, name):
     run, out = unfinished
-    path = out / name if name == checkpoints.START else checkpoints.find(out)[-1] / name
+    [path] = out.glob(name) if name == checkpoints.START else checkpoints.find(out)[-1].glob(name)
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ToyError, match="not whole"):
         training.train(run(), out, cpu=True)
+
+
+def test_a_checkpoint_without_one_of_its_files(unfinished):
+    run, out = unfinished
+    [path] = checkpoints.find(out)[-1].glob("shard-*.safetensors")
+    path.unlink()
+    with pytest.raises(ToyError, match=f"{path} is missing or not whole"):
+        training.train(run(), out, cpu=True)
+
+
+def test_what_a_killed_save_left_is_no_part_of_the_next(unfinished):
+    """Two processes were about to write the checkpoint that one process writes after them."""
+    run, out = unfinished
+    [path] = checkpoints.find(out)[-1].glob("shard-*.safetensors")
+    left = out / ".checkpoint-6.part"
+    left.mkdir()
+    (left / path.name.replace("shard-00001", "shard-00002")).write_bytes(path.read_bytes())
+    training.train(run(), out, cpu=True)
+    [last] = checkpoints.find(out)
+    assert sorted(file.name for file in last.iterdir()) == [checkpoints.RUN, path.name]
+    assert not left.exists()
+
+
+def test_ctrl_c_in_a_save_is_ctrl_c(unfinished, monkeypatch):
+    """And it leaves the checkpoint before."""
+    run, out = unfinished
+    kept = checkpoints.find(out)
+
+    def interrupt(*given, **named):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.save", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            training.train(run(), out, save_every=1, cpu=True)
+    assert checkpoints.find(out) == kept
+    assert not list(out.glob(".*"))
+    assert training.train(run(), out, cpu=True).steps == 6
 
 
 def test_a_disk_that_is_full_leaves_the_checkpoint_before(unfinished):
@@ -267,7 +305,7 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(unfinished):
 
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[checkpoints.STATE]) // 2, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max(map(len, before.values())) // 2, limits[1]))
         with pytest.raises(ToyError, match=r"could not be written: .*File too large"):
             training.train(run(), out, save_every=1, cpu=True)
     finally:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from loracle.toy_tasks import methods
 from loracle.toy_tasks.full_scale import training
 from loracle.toy_tasks.full_scale.checkpoints import START
+from loracle.toy_tasks.full_scale.settings import resolve
 
 # Sums of a few hundred float64 terms in another order differ by about 1e-15 of their size. Adam divides by the root of a
 # squared gradient, which enlarges that where the gradient is small. What is measured is 5e-16; what is trained moves by 1e-9
@@ -156,9 +157,9 @@ def test_one_block_at_a_time_is_whole(folder):
 
 @pytest.mark.parametrize("method", [method for method in RESUMED if method != "lora"])  # which draws its dropout by rank
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_a_whole_run_of_two_ranks_gives_the_weights_of_one(folder, kind, method):
+def test_a_whole_run_of_two_ranks_gives_the_weights_of_one(folder, tensors_in, kind, method):
     """In float32; with the loss measured before the first step, from which on accelerate must still wrap the model."""
-    alone, two = (load_file(folder / f"{name}-{method}-unbroken" / "checkpoint-000004/state.safetensors") for name in ("single", kind))
+    alone, two = (tensors_in(folder / f"{name}-{method}-unbroken" / "checkpoint-4") for name in ("single", kind))
     assert alone.keys() == two.keys()
     for name, value in alone.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
@@ -170,16 +171,29 @@ def test_a_whole_run_of_two_ranks_gives_the_weights_of_one(folder, kind, method)
 
 @pytest.mark.parametrize("method", RESUMED)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_ranks_go_on_from_a_checkpoint(folder, kind, method):
+def test_two_ranks_go_on_from_a_checkpoint(folder, tensors_in, kind, method):
     """The same bits in weights and moments as in the run that was not stopped."""
-    unbroken, resumed = (
-        load_file(folder / f"{kind}-{method}-{how}" / "checkpoint-000004/state.safetensors") for how in ("unbroken", "resumed")
-    )
+    unbroken, resumed = (tensors_in(folder / f"{kind}-{method}-{how}" / "checkpoint-4") for how in ("unbroken", "resumed"))
     assert unbroken.keys() == resumed.keys()
     assert any(name.startswith("optimizer.") for name in unbroken)
     assert any(name.endswith("base.weight") for name in unbroken) == (method == "lora_pro")
     for name, value in unbroken.items():
         assert torch.equal(resumed[name], value), name
+
+
+@pytest.mark.parametrize("method", [method for method in RESUMED if method != "lora"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_one_rank_goes_on_from_a_checkpoint_of_two(folder, tensors_in, kind, method):
+    """In float32; the tolerance of a whole run of two ranks."""
+    handed = folder / f"{kind}-{method}-handed"
+    parts = len(list(handed.glob("checkpoint-2/*.safetensors")))
+    how = json.loads((folder / "resumed.json").read_text())[method]["how"]
+    training.train(resolve("lora", steps=4, **how), handed, cpu=True)
+    alone, gone_on = (tensors_in(out / "checkpoint-4") for out in (folder / f"single-{method}-unbroken", handed))
+    assert parts == 2
+    assert alone.keys() == gone_on.keys()
+    for name, value in alone.items():
+        torch.testing.assert_close(gone_on[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_the_command_under_accelerate_launch(tiny_llama, tmp_path):

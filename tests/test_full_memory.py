@@ -75,11 +75,13 @@ def test_what_a_method_adds_is_counted(method):
     for name, (inn, out) in {"q_proj": (24, 16), "k_proj": (16, 40)}.items():
         model.add_module(name, nn.Linear(inn, out, bias=False))
     before = list(model.parameters())  # kept, so that none gives its id to a new one
-    from loracle.toy_tasks.full_scale import training
+    from loracle.toy_tasks.full_scale import checkpoints, training
 
     training.attach(run, model, training.stand_in_gradients(model))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    new = {t.data_ptr(): t.numel() for t in training.tensors_of(model).values() if not t.requires_grad and not any(t is p for p in before)}
+    new = {
+        t.data_ptr(): t.numel() for t in checkpoints.tensors_of(model).values() if not t.requires_grad and not any(t is p for p in before)
+    }
     frozen = sum(new.values()) - (16 * 24 + 40 * 16 if method in BASE_IS_COPIED else 0)
     counts = [memory.added(method, *shape, 4, run.options) for shape in ((16, 24), (40, 16))]
     assert sum(count.trained for count in counts) == trained

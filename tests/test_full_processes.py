@@ -17,7 +17,7 @@ pytest.importorskip("peft")
 from safetensors.torch import load_file
 
 from loracle.toy_tasks.full_scale import memory
-from loracle.toy_tasks.full_scale.checkpoints import START, STATE
+from loracle.toy_tasks.full_scale.checkpoints import START
 from loracle.toy_tasks.full_scale.settings import resolve
 
 DEEP = (256, 704, 8, 4, 512)  # where no block is much of it
@@ -117,20 +117,20 @@ def test_the_plan_is_what_each_of_two_processes_took(folder, name):
     run = make_run(name, folder)
     plan = memory.estimate(run, memory.known_config("any", CASES[name][0]), ranks=2, cpu=True)
     assert 0.85 < plan.total / first < 1.2, (plan, first / 2**20)
-    # The second gathers nothing to write; nor does it read gradients for a start, but it holds what stands in for them
-    assert 0.85 < dataclasses.replace(plan, saving=0).total / second < (1.2 if run.method != "lora_ga" else 1.5), (plan, second / 2**20)
+    # The second reads no gradients for a start, but it holds what stands in for them
+    assert 0.85 < plan.total / second < (1.2 if run.method != "lora_ga" else 1.5), (plan, second / 2**20)
 
 
 @pytest.mark.parametrize("method", ["lora", "randlora"])
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_a_compiled_run_is_the_plain_one(folder, engine, method):
+def test_a_compiled_run_is_the_plain_one(folder, tensors_in, engine, method):
     """After three steps of two accumulated passes each; measured: the same bits."""
     names = [f"{engine}-{method}-{how}" for how in ("plain", "compiled")]
     for rank in range(2):
         graphs = json.loads((folder / f"graphs-{rank}.json").read_text())
         assert [graphs[name] > 0 for name in names] == [False, True]
     start = load_file(folder / f"compiled-{names[0]}" / START)
-    plain, compiled = (load_file(folder / f"compiled-{name}" / "checkpoint-000003" / STATE) for name in names)
+    plain, compiled = (tensors_in(folder / f"compiled-{name}" / "checkpoint-3") for name in names)
     assert plain.keys() == compiled.keys()
     moved = [(value - start[key.removeprefix("model.")]).abs().max() for key, value in plain.items() if key.startswith("model.")]
     assert min(moved) > 1e-3  # a thousand times the tolerance

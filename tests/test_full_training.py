@@ -14,6 +14,8 @@ pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 
 import torch._dynamo
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from loracle.toy_tasks import methods
@@ -37,8 +39,9 @@ def make_run(tiny_llama):
     return make
 
 
-def final_tensors(out):
-    return checkpoints.load_tensors(checkpoints.find(out)[-1] / checkpoints.STATE)
+@pytest.fixture
+def final_tensors(tensors_in):
+    return lambda out: tensors_in(checkpoints.find(out)[-1])
 
 
 @pytest.mark.parametrize("method", methods.names())
@@ -53,7 +56,7 @@ def test_a_method_lowers_the_loss(make_run, tmp_path, method):
 
 
 @pytest.mark.parametrize("method", methods.names())
-def test_adapters_are_float32_beside_a_bf16_base(make_run, tmp_path, method):
+def test_adapters_are_float32_beside_a_bf16_base(make_run, tmp_path, method, final_tensors):
     run = make_run(method, "precision=bf16", steps=2)
     training.train(run, tmp_path, cpu=True)
     weights = {name: t for name, t in final_tensors(tmp_path).items() if name.startswith("model.")}
@@ -61,7 +64,7 @@ def test_adapters_are_float32_beside_a_bf16_base(make_run, tmp_path, method):
     assert {t.dtype for t in weights.values()} == ({torch.bfloat16} if method == "full" else {torch.float32})
 
 
-def test_checkpointing_and_accumulation_change_no_weight_much(make_run, tmp_path, monkeypatch):
+def test_checkpointing_and_accumulation_change_no_weight_much(make_run, tmp_path, monkeypatch, final_tensors):
     passes = []
     forward = LlamaMLP.forward
 
@@ -81,7 +84,7 @@ def test_checkpointing_and_accumulation_change_no_weight_much(make_run, tmp_path
         torch.testing.assert_close(final_tensors(tmp_path / "other")[name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_a_step_goes_down_the_gradient_of_transformers_own_loss(make_run, tmp_path):
+def test_a_step_goes_down_the_gradient_of_transformers_own_loss(make_run, tmp_path, final_tensors):
     """By the rate times the gradient of the mean over all tokens of the step (in float32), in micro-batches of unequal numbers."""
     data = tmp_path / "uneven.jsonl"
     data.write_text("".join(json.dumps({"instruction": "1 + 2", "response": "3 " * (1 + i % 7)}) + "\n" for i in range(24)))
@@ -104,7 +107,7 @@ def test_a_step_goes_down_the_gradient_of_transformers_own_loss(make_run, tmp_pa
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU, and there is no g++")
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # of the compiler's own modules
-def test_a_compiled_run_is_the_plain_one(make_run, tmp_path):
+def test_a_compiled_run_is_the_plain_one(make_run, tmp_path, final_tensors):
     graphs = torch._dynamo.utils.counters["stats"]  # how many the compiler has taken over
     for name in ("plain", "compiled"):
         graphs.clear()
@@ -144,7 +147,7 @@ def one_thread():
 
 @pytest.mark.parametrize("method", methods.names())
 @pytest.mark.usefixtures("one_thread")
-def test_a_killed_run_ends_as_the_unbroken_one(make_run, tmp_path, method):
+def test_a_killed_run_ends_as_the_unbroken_one(make_run, tmp_path, method, final_tensors):
     """Killed by SIGKILL at a random moment, resumed: the same bits in weights and moments."""
     overrides = ["dropout=0.1"] if method in ("lora", "lora_ga", "lora_pro", "block_lora", "nlora") else []
     run = make_run(method, *overrides, steps=STEPS)
@@ -167,7 +170,7 @@ def test_a_killed_run_ends_as_the_unbroken_one(make_run, tmp_path, method):
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     kept = checkpoints.find(tmp_path / "killed")
     assert len(kept) == 1
-    assert kept[0].name < f"checkpoint-{STEPS:06d}"
+    assert int(kept[0].name.removeprefix("checkpoint-")) < STEPS
     resumed = training.train(run, tmp_path / "killed", save_every=4, cpu=True)
     whole, again = final_tensors(tmp_path / "unbroken"), final_tensors(tmp_path / "killed")
     assert whole.keys() == again.keys()
@@ -178,7 +181,20 @@ def test_a_killed_run_ends_as_the_unbroken_one(make_run, tmp_path, method):
     assert resumed.tokens == training.read_log(tmp_path / "unbroken")[-1]["tokens"]
 
 
-def test_resuming_without_the_optimizer_would_be_noticed(make_run, tmp_path):
+def test_a_checkpoint_is_safetensors_and_json_in_files_of_a_size(make_run, tmp_path, final_tensors, monkeypatch):
+    tensors = []
+    for size, files in ((4_000, 5), (2**30, 1)):
+        monkeypatch.setattr(checkpoints, "FILE_BYTES", size)
+        training.train(make_run(), tmp_path / str(files), cpu=True)
+        [folder] = checkpoints.find(tmp_path / str(files))
+        names = sorted(path.name for path in folder.iterdir())
+        assert names == [checkpoints.RUN, *(f"shard-00001-model-{i + 1:05}-of-{files:05}.safetensors" for i in range(files))]
+        tensors.append(final_tensors(tmp_path / str(files)))
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensors[0][name], value) for name, value in tensors[1].items())
+
+
+def test_resuming_without_the_optimizer_would_be_noticed(make_run, tmp_path, final_tensors):
     run = make_run(steps=6)
     training.train(run, tmp_path / "whole", save_every=3, cpu=True)
     stop = KeyboardInterrupt
@@ -190,11 +206,10 @@ def test_resuming_without_the_optimizer_would_be_noticed(make_run, tmp_path):
     with pytest.raises(stop):
         training.train(run, tmp_path / "cut", save_every=3, cpu=True, report=interrupt)
     [folder] = checkpoints.find(tmp_path / "cut")
-    assert folder.name == "checkpoint-000003"
-    tensors = checkpoints.load_tensors(folder / checkpoints.STATE)
-    for name in tensors:
-        if name.endswith("exp_avg"):
-            tensors[name].zero_()
-    checkpoints.save_tensors(tensors, folder / checkpoints.STATE)
+    assert folder.name == "checkpoint-3"
+    [path] = folder.glob("*.safetensors")
+    tensors, kept = load_file(path), safe_open(path, framework="pt").metadata()
+    moments = {name: torch.zeros_like(tensor) for name, tensor in tensors.items() if name.endswith("exp_avg")}
+    save_file(tensors | moments, path, metadata=kept)
     training.train(run, tmp_path / "cut", save_every=3, cpu=True)
     assert any(not torch.equal(final_tensors(tmp_path / "cut")[name], value) for name, value in final_tensors(tmp_path / "whole").items())

@@ -385,8 +385,8 @@ def moments_start_at_one(A, B):
     return right.State(*(part + 1 for part in right.init_state(A, B)))
 
 
-def _composed(given, *, g=None, back=None, X=None, scaling=None, **changed):
-    """The reference's step with one part changed: the gradient g of the moments, the way back, or options."""
+def _composed(given, *, g=None, squared=None, back=None, X=None, scaling=None):
+    """The reference's step with one part changed: the gradient g of the moments, what of it is squared, the way back, or options."""
     options = {"beta1": 0.9, "beta2": 0.999, "adam_eps": 1e-8, "weight_decay": 0.0, "X": "sylvester", "delta": 0.0} | given
     A, B, s = options["A"], options["B"], scaling or options["scaling"]
     plain = Gradients(options["grad_A"], options["grad_B"])
@@ -394,6 +394,9 @@ def _composed(given, *, g=None, back=None, X=None, scaling=None, **changed):
     g = right.equivalent_gradient(*best, A, B, s) if g is None else g
     adam = [options[name] for name in ("moment1", "moment2", "t", "beta1", "beta2", "adam_eps")]
     direction, moment1, moment2 = right._adam(g, *adam)
+    if squared is not None:
+        moment2, t = right._adam(squared(g), *adam)[2], options["t"]
+        direction = moment1 / (1 - options["beta1"] ** t) / ((moment2 / (1 - options["beta2"] ** t)).sqrt() + options["adam_eps"])
     if back is None:
         virtual = Gradients(s * B.mT @ direction, s * direction @ A.mT)
         final = right.optimal_gradients(*virtual, A, B, s, X=X or options["X"], delta=options["delta"])
@@ -555,6 +558,15 @@ def moments_used_in_bfloat16(*, t, lr, beta1=0.9, beta2=0.999, adam_eps=1e-8, X=
     final = right.optimal_gradients(*gradients(direction, A, B, s), A, B, s, X=X, delta=delta)
     kept = (1 - lr * weight_decay) ** 0.5
     return moved._replace(A=kept * A - lr * final.grad_A, B=kept * B - lr * final.grad_B, moment1=moment1, moment2=moment2)
+
+
+@mistake(
+    "From the second step on the gradient is rounded to bfloat16 before it is squared (the authors' DeepSpeed code, as it is now).",
+    replaces="step",
+    breaks=("lora_pro.L13b", "lora_pro.L13d"),
+)
+def squares_of_the_gradient_in_bfloat16(**given):
+    return _composed(given, squared=lambda g: g.bfloat16().to(g.dtype) if given["t"] > 1 else g)
 
 
 @mistake("Decay is not multiplied by the learning rate.", replaces="step", breaks=("lora_pro.L14a", "lora_pro.L13c"))

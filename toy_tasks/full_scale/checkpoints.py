@@ -2,6 +2,9 @@
 
 A run's folder holds `start.safetensors` (everything that the method made or changed when it was put into the model: factors,
 frozen bases, corrected base weights), and `checkpoint-STEP/` with what a step changes. The pretrained model is not copied.
+
+The loop decides when there is one. torch's distributed checkpoints write and read the tensors: every process its part of what
+is sharded, whatever the number of processes was that wrote it.
 """
 
 import dataclasses
@@ -10,7 +13,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -18,27 +23,31 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from ..config import ToyError, UsageError, convert
 from ..records import write_atomically
-from .engine import gathered, spread_like
-from .settings import Run, differences
+from .settings import FILE_BYTES, Run, differences
 
-START, STATE, RUN = "start.safetensors", "state.safetensors", "run.json"
+START, RUN = "start.safetensors", "run.json"
 LOCK = ".lock"  # held while a process writes into a run's folder
-SCHEMA = 1
+SCHEMA = 2
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class Saved(NamedTuple):
-    """One checkpoint: the trained tensors by name, the optimizer's state, and the numbers beside them."""
+    """One checkpoint, but for its tensors, which stay on disk until `restore_weights` and `restore_optimizer` read them."""
 
+    folder: Path
     step: int
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Any]
+    optimizer: dict[str, Any]  # what is no tensor
     scheduler: dict[str, Any]
 
 
@@ -122,80 +131,76 @@ def alone(function: Callable[P, T]) -> Callable[P, T]:
     return held
 
 
-def _collect(tensor: Tensor, found: dict[str, Tensor], name: str, *, main: bool) -> None:
-    """Put the whole of a tensor that may be sharded among those `found` by `main`. One at a time, moved off the device, so
-    that no device holds more than one whole: all of them may have no room there."""
-    whole = gathered(tensor.detach())
-    if main:
-        found[name] = whole.cpu()
-
-
-def flatten_optimizer(optimizer: torch.optim.Optimizer, *, main: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors by name, gathered from all ranks by `main`, and JSON for the rest.
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state: its tensors by name, and what JSON takes.
 
     (torch's `set_optimizer_state_dict` would not take it back where parameters have no state: all of SGD's, LoRA-Pro's B.)
     """
     state = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
-    numbers = {}
-    for index, values in state["state"].items():
-        for key, value in values.items():
-            if isinstance(value, Tensor):
-                _collect(value, tensors, f"optimizer.{index}.{key}", main=main)
-            else:
-                numbers[f"{index}.{key}"] = value
+    flat = {f"{index}.{key}": value for index, values in state["state"].items() for key, value in values.items()}
+    tensors = {f"optimizer.{key}": value for key, value in flat.items() if isinstance(value, Tensor)}
+    numbers = {key: value for key, value in flat.items() if not isinstance(value, Tensor)}
     return tensors, {"numbers": numbers, "param_groups": state["param_groups"]}
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Saved) -> None:
-    """Give an optimizer the state that `flatten_optimizer` took, sharded as its parameters are."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in {**saved.optimizer["tensors"], **saved.optimizer["numbers"]}.items():
-        index, _, name = key.partition(".")
-        if isinstance(value, Tensor) and value.shape == parameters[int(index)].shape:
-            value = spread_like(value, parameters[int(index)])
-        state.setdefault(int(index), {})[name] = value
-    groups = saved.optimizer["param_groups"]
-    for group in groups:  # JSON has no tuples
-        group.update({key: tuple(value) for key, value in group.items() if key == "betas"})
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
 def write(
-    out: Path, step: int, run: Run, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, scheduler: Any, *, main: bool
+    folder: Path, step: int, run: Run, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, scheduler: Any, *, main: bool
 ) -> None:
-    """Write `checkpoint-STEP` and delete the ones before it once it is whole. Every rank has to call it; `main` writes.
+    """Write a checkpoint and delete the ones beside it once it is whole. Every rank has to call it.
 
     Raises:
         ToyError: it could not be written; the checkpoint before it is untouched.
     """
-    tensors, rest = flatten_optimizer(optimizer, main=main)
-    for name, tensor in weights.items():
-        _collect(tensor, tensors, f"model.{name}", main=main)
-    if not main:
-        return
-    folder, draft = out / f"checkpoint-{step:06d}", out / f".checkpoint-{step:06d}.part"
-    shutil.rmtree(draft, ignore_errors=True)
+    tensors, rest = flatten_optimizer(optimizer)
+    tensors |= {f"model.{name}": tensor.detach() for name, tensor in weights.items()}
+    draft = folder.with_name(f".{folder.name}.part")
+    if main:  # before any rank writes: the first thing that `save` does is to wait for all
+        shutil.rmtree(draft, ignore_errors=True)
     try:
-        save_tensors(tensors, draft / STATE)
-        numbers = {"schema": SCHEMA, "step": step, "run": dataclasses.asdict(run), "optimizer": rest, "scheduler": scheduler.state_dict()}
-        write_atomically(draft / RUN, json.dumps(numbers))
-        if folder.exists():
-            shutil.rmtree(folder)
-        draft.replace(folder)
-    except OSError as error:
+        with _by_torch():
+            writer = HuggingFaceStorageWriter(str(draft), fqn_to_index_mapping=_files(tensors), save_distributed=True)
+            save(tensors, storage_writer=writer)
+        if main:
+            files = {path.name: path.stat().st_size for path in draft.iterdir()}
+            numbers = {"schema": SCHEMA, "step": step, "run": dataclasses.asdict(run), "files": files}
+            write_atomically(draft / RUN, json.dumps(numbers | {"optimizer": rest, "scheduler": scheduler.state_dict()}))
+            if folder.exists():
+                shutil.rmtree(folder)
+            draft.replace(folder)
+            for old in find(folder.parent):
+                if old != folder:
+                    shutil.rmtree(old)
+    except (OSError, SafetensorError) as error:
         raise ToyError(f"{folder} could not be written: {error}. The checkpoint before it is untouched.") from error
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    for old in find(out):
-        if old != folder:
-            shutil.rmtree(old)
+        if main:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Which file each tensor goes into, counted from one."""
+    found, written = {}, 0
+    for name, tensor in tensors.items():
+        found[name] = 1 + written // FILE_BYTES
+        written += tensor.numel() * tensor.element_size()
+    return found
+
+
+@contextmanager
+def _by_torch() -> Iterator[None]:
+    """Without its warning that there is one process; and of what goes wrong the error itself, not what it is wrapped in: Ctrl-C too."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized", category=UserWarning)
+            yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
 
 
 def find(out: Path) -> list[Path]:
     """The checkpoints in a run's folder, the oldest first."""
-    return sorted(path for path in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{6}", path.name))
+    found = [path for path in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def read_run(folder: Path) -> tuple[Run, int, dict[str, Any]]:
@@ -223,22 +228,83 @@ def read(folder: Path, run: Run) -> Saved:
     found = differences(there, run)
     if found:
         raise ToyError(f"{folder} is a checkpoint of another run: {'; '.join(found)}. Give another --out, or the settings it has.")
-    tensors = load_tensors(folder / STATE)
-    moments = {name.removeprefix("optimizer."): tensor for name, tensor in tensors.items() if name.startswith("optimizer.")}
-    weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
-    return Saved(step, weights, {**tree["optimizer"], "tensors": moments}, tree["scheduler"])
+    for name, size in tree["files"].items():
+        path = folder / name
+        if not path.exists() or path.stat().st_size != size:
+            raise ToyError(f"{path} is missing or not whole. Delete {folder} to start from the beginning.")
+    return Saved(folder, step, tree["optimizer"], tree["scheduler"])
+
+
+def restore_weights(saved: Saved, model: nn.Module) -> None:
+    """Put a checkpoint's weights into a model, sharded or whole, in place.
+
+    Raises:
+        ToyError: a name or shape does not fit: the checkpoint belongs to another method, rank or model.
+    """
+    there = tensors_of(model)
+    tensors = {}
+    for key, content in _contents(saved).items():
+        name = key.removeprefix("model.")
+        if name != key:
+            _check_fit(name, content.size, there, saved.folder)
+            tensors[key] = there[name].detach()
+    _fill(tensors, saved)
+
+
+def restore_optimizer(saved: Saved, optimizer: torch.optim.Optimizer) -> None:
+    """Give an optimizer the state that `flatten_optimizer` took, sharded as its parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors = {}
+    for key, content in _contents(saved).items():
+        if key.startswith("optimizer."):
+            parameter, dtype = parameters[int(key.split(".")[1])], content.properties.dtype
+            like_it = content.size == parameter.shape
+            tensors[key] = torch.empty_like(parameter, dtype=dtype) if like_it else torch.empty(content.size, dtype=dtype)
+    _fill(tensors, saved)
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in [*tensors.items(), *((f"optimizer.{key}", value) for key, value in saved.optimizer["numbers"].items())]:
+        _, index, name = key.split(".", 2)
+        state.setdefault(int(index), {})[name] = value
+    groups = saved.optimizer["param_groups"]
+    for group in groups:  # JSON has no tuples
+        group.update({key: tuple(value) for key, value in group.items() if key == "betas"})
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _contents(saved: Saved) -> dict[str, TensorStorageMetadata]:
+    """Shape and dtype of each tensor of a checkpoint, by name."""
+    try:
+        found = HuggingFaceStorageReader(str(saved.folder)).read_metadata().state_dict_metadata
+    except (OSError, SafetensorError) as error:
+        raise ToyError(f"{saved.folder} is not whole: {error}. Delete it to start from the beginning.") from None
+    return {name: content for name, content in found.items() if isinstance(content, TensorStorageMetadata)}
+
+
+def _fill(tensors: dict[str, Tensor], saved: Saved) -> None:
+    """Read a checkpoint's tensors of these names, in place."""
+    with _by_torch():
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(saved.folder)))
 
 
 @torch.no_grad()
-def put(model: torch.nn.Module, weights: Mapping[str, Tensor], where: Path) -> None:
-    """Put saved tensors into a model by name, in place.
+def put(model: nn.Module, weights: Mapping[str, Tensor], where: Path) -> None:
+    """Put saved tensors into a model that is not sharded, by name, in place.
 
     Raises:
         ToyError: a name or shape does not fit: the file belongs to another method, rank or model.
     """
-    there = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    there = tensors_of(model)
     for name, value in weights.items():
-        if name not in there or there[name].shape != value.shape:
-            found = f"{tuple(there[name].shape)}" if name in there else "no such tensor"
-            raise ToyError(f"{where} has {name} {tuple(value.shape)} and the model {found}: it belongs to another method, rank or model")
-        there[name].copy_(spread_like(value.to(there[name].dtype), there[name]))
+        _check_fit(name, value.shape, there, where)
+        there[name].copy_(value)
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _check_fit(name: str, shape: torch.Size, there: Mapping[str, Tensor], where: Path) -> None:
+    if name not in there or there[name].shape != shape:
+        found = f"{tuple(there[name].shape)}" if name in there else "no such tensor"
+        raise ToyError(f"{where} has {name} {tuple(shape)} and the model {found}: it belongs to another method, rank or model")

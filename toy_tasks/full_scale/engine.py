@@ -13,7 +13,6 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..config import UsageError
 
@@ -91,15 +90,3 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     if not found:
         raise UsageError(f"{type(model).__name__} does not say what its decoder blocks are (_no_split_modules), so it cannot be sharded")
     return found
-
-
-def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; every rank has to ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def spread_like(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, sharded if `like` is."""
-    if isinstance(like, DTensor):
-        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
-    return value.to(like.device)

@@ -47,8 +47,7 @@ def load_trained(out: Path, *, cache: Path | None = None) -> Trained:
     checkpoints.put(model, checkpoints.load_tensors(start_file), start_file)
     layers = method.layers(model)
     start = {name: method.change(layer) for name, layer in layers.items()} if method.starts_inside else {}
-    state = found[-1] / checkpoints.STATE
-    checkpoints.put(model, checkpoints.read(found[-1], run).weights, state)
+    checkpoints.restore_weights(checkpoints.read(found[-1], run), model)
     return Trained(run, model.eval(), tokenizer, method, list(layers), start)
 
 

@@ -1,13 +1,16 @@
 """Training and evaluation by transformers' `Trainer`, and what it has to be told: the loss, the order of the rows, what a step is.
 
-It is told so by what it offers for that: methods to override, a loss function, callbacks. Two parts of it are not used. Its
-checkpoints are pickles, in a folder that has its final name before it is whole (`checkpoints` writes safetensors). Its
-collators refuse packed rows, or let the examples in them see each other (`data.collate` does neither).
+It is told so by what it offers for that: methods to override, a loss function, callbacks. Two parts of it are not used. What
+it puts into a checkpoint are pickles, in a folder that has its final name before it is whole: it says when there is one, and
+`checkpoints` writes it, in safetensors. Its collators refuse packed rows, or let the examples in them see each other
+(`data.collate` does neither).
 """
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -29,31 +32,29 @@ class Arguments(TrainingArguments):
 
     n_gpu = property(lambda self: 1)  # else one process that sees several GPUs gets `nn.DataParallel`
     place_model_on_device = property(lambda self: False)  # the model is there, and where it is sharded it cannot be moved
-    should_save = property(lambda self: False)  # no folder of its own: `checkpoints` writes
+    should_save = property(lambda self: False)  # no files of its own
 
 
 class Loop(Trainer):
     """A model and batches of `size` rows, filled up with the token `padding`, for evaluation; `Training` also trains."""
 
     def __init__(
-        self, model: nn.Module, engine: Engine, *, size: int, padding: int, steps: int = 1, accumulation: int = 1, **more: Any
+        self, model: nn.Module, engine: Engine, *, size: int, padding: int, settings: Mapping[str, Any] = MappingProxyType({}), **more: Any
     ) -> None:
         arguments = Arguments(
-            output_dir=".",  # where nothing is written
-            max_steps=steps,
             per_device_train_batch_size=size,
             per_device_eval_batch_size=size,
-            gradient_accumulation_steps=accumulation,
             max_grad_norm=0.0,  # no clipping
             use_cpu=engine.device.type == "cpu",
             ddp_broadcast_buffers=False,  # every rank holds the same ones from the start
             ddp_find_unused_parameters=False,
             dataloader_pin_memory=False,
             remove_unused_columns=False,
-            save_strategy="no",
             logging_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            save_only_model=True,  # which is what `save_model` writes, optimizer and all; the rest would be pickles
+            **{"output_dir": ".", "save_strategy": "no", **settings},
         )
         arguments.mixed_precision = "no"  # whatever accelerate was started with: the run's precision is that of its weights
         filled = functools.partial(collate, padding=padding)
@@ -112,7 +113,7 @@ class Batches(TrainerCallback):
 
 class Training(Loop):
     """Train from step `first` on. `before_steps()` is called once all is set up, `after_step(steps done, loss, learnt tokens)`
-    after each step.
+    after each step, `save(out / "checkpoint-STEP", steps done)` after every `save_every` of them and after the last.
 
     What is to be evaluated before training is evaluated in `before_steps`, and not before `train`: accelerate would then take the
     model for one that DDP has wrapped already, and gradients would not be averaged.
@@ -135,9 +136,12 @@ class Training(Loop):
         first: int = 0,
         before_steps: Callable[[], None] = lambda: None,
         after_step: Callable[[int, float, int], None],
+        out: Path = Path(),
+        save_every: int = 1,
+        save: Callable[[Path, int], None] = lambda folder, step: None,
     ) -> None:
         size = run.rows_at_once(engine.ranks)
-        self.rows = rows
+        self.rows, self.save = rows, save
         self.order = Order(
             len(rows),
             batch_size=run.batch_size,
@@ -154,8 +158,13 @@ class Training(Loop):
             engine,
             size=size,
             padding=padding,
-            steps=steps,
-            accumulation=self.order.accumulation,
+            settings={
+                "max_steps": steps,
+                "gradient_accumulation_steps": self.order.accumulation,
+                "output_dir": str(out),
+                "save_strategy": "steps",
+                "save_steps": save_every,
+            },
             optimizers=(optimizer, scheduler),
             compute_loss_func=own.share_of_loss,
             callbacks=[own],
@@ -166,6 +175,11 @@ class Training(Loop):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The batches in our order, which depends on seed and step alone."""
         return DataLoader(self.rows, batch_sampler=self.order, collate_fn=self.data_collator)  # type: ignore[arg-type]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write a checkpoint: every rank is here."""
+        assert output_dir is not None
+        self.save(Path(output_dir), self.state.global_step)
 
     def train(self, *given: Any, **named: Any) -> Any:
         """Nothing, if all steps are done; see `Trainer.train`."""

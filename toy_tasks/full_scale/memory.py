@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..config import UsageError
 from .engine import blocks
 from .hub import no_hub, short
-from .settings import ROWS_OF_ESTIMATE, SMALL, Run
+from .settings import FILE_BYTES, ROWS_OF_ESTIMATE, SMALL, Run
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -143,9 +143,12 @@ def estimate(run: Run, config: Any, *, ranks: int = 1, cpu: bool = False) -> Pla
     adapters = 0 if full else width * trained + size * frozen
     rows = run.rows_at_once(ranks)
     activations = activation_bytes(run, config, rows, full=full)
-    gradients, gathered, setup, saving = trained_bytes, 0, 0, 0
+    gradients, gathered, setup = trained_bytes, 0, 0
+    # In main memory, the bytes of a file twice as they are put together; of what all ranks have, each writes its share
+    saving = 2 * min((trained_bytes + moments) // (1 if full and sharded > 1 else ranks), FILE_BYTES) if cpu else 0
     if ranks > 1 and sharded == 1:
         gradients *= 2  # DDP's buckets
+        saving += trained_bytes  # the same
         setup = min(size * base + adapters, DDP_SENT)
     elif ranks > 1:
         whole = [sum(p.numel() for p in block.parameters()) for block in blocks(model)]
@@ -154,11 +157,8 @@ def estimate(run: Run, config: Any, *, ranks: int = 1, cpu: bool = False) -> Pla
         at_once = 3 if full or cpu else 2
         gathered = size * (at_once * max(whole) + base - sum(whole))
         setup = size * (base - base // ranks)  # every device has all weights until they are sharded
-        if full:
-            if run.batch_size > rows * ranks:
-                gradients = trained_whole  # not spread before the last of the accumulated passes
-            # The first process gathers what it writes in main memory, the weights and AdamW's two moments
-            saving = trained_whole * (1 if run.optimizer == "sgd" else 3) if cpu else 0
+        if full and run.batch_size > rows * ranks:
+            gradients = trained_whole  # not spread before the last of the accumulated passes
     if hasattr(method, "gradient_samples"):  # the sums of the weights' gradients besides
         adapted = sum(out * inn for out, inn in shapes)
         sums = width * adapted + size * max(out * inn for out, inn in shapes)

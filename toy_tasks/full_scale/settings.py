@@ -40,6 +40,7 @@ ENGINES = ("auto", "single", "ddp", "fsdp")
 # Rows that the gradients before training are estimated from at once. Sums of other groups are rounded otherwise, and a start
 # from their singular vectors may then have other signs: so it depends on neither micro_batch nor the number of processes.
 ROWS_OF_ESTIMATE = 1
+FILE_BYTES = 2**30  # a checkpoint's tensors go into files of about so many bytes, each of which is put together before it is written
 # These change how a run is computed and not what, up to the rounding of sums: a run may be resumed with others. One exception:
 # each micro-batch of each process draws its own dropout.
 HOW = ("engine", "micro_batch", "compile", "gradient_checkpointing", "changed", "assumed")

@@ -137,11 +137,6 @@ def load_texts(run: Run, tokenizer: Any) -> Texts:
     return Texts(pack(train, run.sequence_length) if run.packing else train, new, old, prompts)
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, each once."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
 def attach(run: Run, model: nn.Module, gradients: Callable[[int], Mapping[str, Tensor]]) -> tuple[Method, list[nn.Parameter], list[str]]:
     """Put the method into the model: the method, the parameters that it added (at least float32), and the names of all
     tensors that it made or changed.
@@ -152,7 +147,7 @@ def attach(run: Run, model: nn.Module, gradients: Callable[[int], Mapping[str, T
     method = methods.make(run.method, run.options)
     # A tensor that is still there with the same count of in-place changes is as it was before. (Not by its id alone: that of
     # a tensor that is gone may be given to a new one.)
-    before = [(weakref.ref(tensor), tensor._version) for tensor in tensors_of(model).values()]
+    before = [(weakref.ref(tensor), tensor._version) for tensor in checkpoints.tensors_of(model).values()]
     setup = Setup(
         pattern=run.pattern,
         rank=run.rank,
@@ -167,7 +162,7 @@ def attach(run: Run, model: nn.Module, gradients: Callable[[int], Mapping[str, T
     except ValueError as error:
         raise UsageError(f"{run.method} does not fit: {error}") from None
     untouched = {id(tensor) for reference, version in before if (tensor := reference()) is not None and tensor._version == version}
-    touched = [name for name, tensor in tensors_of(model).items() if id(tensor) not in untouched]
+    touched = [name for name, tensor in checkpoints.tensors_of(model).items() if id(tensor) not in untouched]
     added = [p for p in model.parameters() if p.requires_grad and id(p) not in untouched]
     for parameter in added:
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
@@ -245,7 +240,7 @@ def prepare(
     method, added, touched = attach(run, model, gradients)
     if resuming and engine.is_main:
         checkpoints.put(model, checkpoints.load_tensors(start_file), start_file)
-    there = tensors_of(model)
+    there = checkpoints.tensors_of(model)
     start = {name: there[name] for name in touched}
     engine.take_from_first(start.values())
     if engine.is_main and not resuming:
@@ -317,19 +312,19 @@ def train(
     if not found:
         _start_folder(out, run, engine)
     prepared = prepare(run, engine, texts.train, model, tokenizer, out, resuming=bool(saved), report=said)
-    if saved:
-        checkpoints.put(model, saved.weights, found[-1] / checkpoints.STATE)
     if run.gradient_checkpointing:
         model.activation_checkpointing_enable()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parameters = model.num_parameters()
     engine.shard(model, prepared.whole)
+    if saved:
+        checkpoints.restore_weights(saved, model)
     optimizer = make_optimizer(run, prepared.method, model)
     steps = count_steps(run, len(texts.train))
     scheduler = make_schedule(run, optimizer, steps)
     first, before, old_before, tokens, seconds, setup_seconds, clock = 0, math.nan, None, 0, 0.0, 0.0, began
     if saved:
-        checkpoints.restore_optimizer(optimizer, saved)
+        checkpoints.restore_optimizer(saved, optimizer)
         scheduler.load_state_dict(saved.scheduler)
         first = saved.step
         before, old_before, tokens, seconds = _read_progress(out, first, engine)
@@ -357,10 +352,12 @@ def train(
         line = {"step": step, "loss": loss, "lr": optimizer.param_groups[0]["lr"], "tokens": tokens, "seconds": round(seconds, 3)}
         _append(out, line, engine)
         said("training", step / steps, f"step {step}/{steps}, loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s")
-        if step == steps or step % (save_every or math.ceil(steps / 10)) == 0:
-            weights = prepared.method.trained(model, weight_decay=run.weight_decay)
-            checkpoints.write(out, step, run, weights, optimizer, scheduler, main=engine.is_main)
-            clock = time.perf_counter()
+
+    def save(folder: Path, step: int) -> None:
+        nonlocal clock
+        weights = prepared.method.trained(model, weight_decay=run.weight_decay)
+        checkpoints.write(folder, step, run, weights, optimizer, scheduler, main=engine.is_main)
+        clock = time.perf_counter()
 
     loop = Training(
         run,
@@ -374,6 +371,9 @@ def train(
         first=first,
         before_steps=before_steps,
         after_step=after_step,
+        out=out,
+        save_every=save_every or math.ceil(steps / 10),
+        save=save,
     )
     loop.train()
     after, old_after = losses("after")
