@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from loracle.toy_tasks import methods
 from loracle.toy_tasks.full_scale import training
 from loracle.toy_tasks.full_scale.checkpoints import START
+from loracle.toy_tasks.full_scale.log import read_log
 from loracle.toy_tasks.full_scale.settings import resolve
 
 # Sums of a few hundred float64 terms in another order differ by about 1e-15 of their size. Adam divides by the root of a
@@ -163,7 +164,7 @@ def test_a_whole_run_of_two_ranks_gives_the_weights_of_one(folder, tensors_in, k
     assert alone.keys() == two.keys()
     for name, value in alone.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
-    logs = (training.read_log(folder / f"{name}-{method}-unbroken") for name in ("single", kind))
+    logs = (read_log(folder / f"{name}-{method}-unbroken") for name in ("single", kind))
     for one, other in zip(*logs, strict=True):
         for key in {"loss", "held_out_loss"} & one.keys():
             assert other[key] == pytest.approx(one[key], rel=1e-4), key
@@ -217,5 +218,5 @@ def test_the_command_under_accelerate_launch(tiny_llama, tmp_path):
     report = json.loads((tmp_path / "out" / training.REPORT).read_text())
     assert (report["ranks"], report["run"]["engine"], report["steps"]) == (2, "fsdp", 2)
     assert report["loss_after"] < report["loss_before"]
-    assert [line["step"] for line in training.read_log(tmp_path / "out")] == [0, 1, 2]
+    assert [line["step"] for line in read_log(tmp_path / "out")] == [0, 1, 2]
     assert said.count("report.json") == 1  # one process speaks

@@ -22,6 +22,7 @@ from loracle.toy_tasks import methods
 from loracle.toy_tasks.full_scale import checkpoints, training
 from loracle.toy_tasks.full_scale.data import Order, collate
 from loracle.toy_tasks.full_scale.evaluation import count_tokens
+from loracle.toy_tasks.full_scale.log import LOG, read_log
 from loracle.toy_tasks.full_scale.settings import resolve
 
 SETTINGS = ["precision=float32", "batch_size=4", "rank=2", "alpha=4", "lr=1e-2", "sequence_length=40", "dropout=0", "weight_decay=0"]
@@ -49,7 +50,7 @@ def test_a_method_lowers_the_loss(make_run, tmp_path, method):
     outcome = training.train(make_run(method, steps=8), tmp_path, cpu=True)
     assert outcome.loss_after < outcome.loss_before
     assert 0 < outcome.trainable < outcome.parameters or method == "full"
-    assert outcome.tokens == sum(line.get("tokens", 0) for line in training.read_log(tmp_path)[-1:])
+    assert outcome.tokens == sum(line.get("tokens", 0) for line in read_log(tmp_path)[-1:])
     report = json.loads((tmp_path / training.REPORT).read_text())
     assert report["run"]["method"] == method
     assert (tmp_path / "figure.svg").stat().st_size > 1000
@@ -98,7 +99,7 @@ def test_a_step_goes_down_the_gradient_of_transformers_own_loss(make_run, tmp_pa
     assert len({count_tokens(part) for part in batch["labels"].split(1)}) > 1
     loss = model(**batch, use_cache=False).loss
     loss.backward()
-    assert training.read_log(tmp_path)[1]["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert read_log(tmp_path)[1]["loss"] == pytest.approx(loss.item(), rel=1e-6)
     weights = dict(model.named_parameters())
     for name, value in final_tensors(tmp_path).items():
         weight = weights[name.removeprefix("model.")]
@@ -160,7 +161,7 @@ def test_a_killed_run_ends_as_the_unbroken_one(make_run, tmp_path, method, final
         finally:
             os._exit(1)
     deadline = time.monotonic() + 120
-    log = tmp_path / "killed" / training.LOG
+    log = tmp_path / "killed" / LOG
     try:
         while not log.exists() or log.read_text().count("\n") <= after:
             assert time.monotonic() < deadline
@@ -176,9 +177,9 @@ def test_a_killed_run_ends_as_the_unbroken_one(make_run, tmp_path, method, final
     assert whole.keys() == again.keys()
     for name, value in whole.items():
         assert torch.equal(again[name], value), name
-    steps = [line["step"] for line in training.read_log(tmp_path / "killed")]
+    steps = [line["step"] for line in read_log(tmp_path / "killed")]
     assert steps == list(range(STEPS + 1))
-    assert resumed.tokens == training.read_log(tmp_path / "unbroken")[-1]["tokens"]
+    assert resumed.tokens == read_log(tmp_path / "unbroken")[-1]["tokens"]
 
 
 def test_a_checkpoint_is_safetensors_and_json_in_files_of_a_size(make_run, tmp_path, final_tensors, monkeypatch):

@@ -13,6 +13,7 @@
 | `training.py` | a run from its settings to its report |
 | `loop.py` | transformers' `Trainer`, told of the loss, the order of the rows and what a step is |
 | `checkpoints.py` | whole checkpoints in safetensors |
+| `log.py` | what each step did, and what they add up to |
 | `evaluation.py` | losses of tokens, exact match, text |
 | `exports.py` | PEFT adapters or merged models |
 | `memory.py` | the memory that a run will need |

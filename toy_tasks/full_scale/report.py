@@ -4,7 +4,8 @@ from pathlib import Path
 
 from .. import plotting
 from ..records import write_json
-from .training import REPORT, Outcome, read_log
+from .log import read_log
+from .training import REPORT, Outcome
 
 FIGURE = "figure.svg"
 

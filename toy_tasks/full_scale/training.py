@@ -1,10 +1,8 @@
 """A run from its settings to its report: load, put the method in, train, evaluate."""
 
 import dataclasses
-import json
 import math
 import os
-import time
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,11 +19,12 @@ from .data import Row, Split, collate, find_fields, pack, read_examples, tokenis
 from .engine import Engine
 from .evaluation import count_tokens, generate, perplexity, token_losses
 from .hub import no_hub, short
+from .log import Log
 from .memory import advise, device_memory, estimate, fits, known_config, peak_memory, reset_peak_memory
 from .settings import ROWS_OF_ESTIMATE, SMALL, Run, differences
 
 SMALL_FOLDER = Path("runs/small-llama")  # the small model, once it is built
-LOG, REPORT = "log.jsonl", "report.json"
+REPORT = "report.json"
 HELD_OUT_SHARE, HELD_OUT_MOST = 20, 200  # one in so many examples, at most so many
 PROMPTS, NEW_TOKENS = 2, 48
 
@@ -300,7 +299,7 @@ def train(
     engine = Engine(run.engine, cpu=cpu)
     run.rows_at_once(engine.ranks)
     said = report if engine.is_main else silent
-    began = time.perf_counter()
+    log = Log(out, engine)
     reset_peak_memory(engine.device)
     found = checkpoints.find(out)
     _check_folder(out, run, found)
@@ -309,9 +308,9 @@ def train(
     check_memory(run, engine, folder)
     model, tokenizer = load_model(folder, getattr(torch, run.dtype_name))
     texts = load_texts(run, tokenizer)
-    if not found:
-        _start_folder(out, run, engine)
-    prepared = prepare(run, engine, texts.train, model, tokenizer, out, resuming=bool(saved), report=said)
+    if saved is None:
+        log.start()
+    prepared = prepare(run, engine, texts.train, model, tokenizer, out, resuming=saved is not None, report=said)
     if run.gradient_checkpointing:
         model.activation_checkpointing_enable()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -322,12 +321,10 @@ def train(
     optimizer = make_optimizer(run, prepared.method, model)
     steps = count_steps(run, len(texts.train))
     scheduler = make_schedule(run, optimizer, steps)
-    first, before, old_before, tokens, seconds, setup_seconds, clock = 0, math.nan, None, 0, 0.0, 0.0, began
     if saved:
         checkpoints.restore_optimizer(saved, optimizer)
         scheduler.load_state_dict(saved.scheduler)
-        first = saved.step
-        before, old_before, tokens, seconds = _read_progress(out, first, engine)
+        log.resume(saved.step)
 
     def losses(when: str) -> tuple[float, float | None]:
         return (
@@ -336,28 +333,20 @@ def train(
         )
 
     def before_steps() -> None:
-        nonlocal before, old_before, setup_seconds, clock
         if saved is None:
-            before, old_before = losses("before")
-            _append(out, {"step": 0, "held_out_loss": before, "old_loss": old_before}, engine)
-        clock = time.perf_counter()
-        setup_seconds = clock - began
+            log.before(*losses("before"))
+        log.first_step()
 
     def after_step(step: int, loss: float, count: int) -> None:
-        nonlocal tokens, seconds, clock
-        now = time.perf_counter()
-        tokens, seconds, clock = tokens + count, seconds + now - clock, now
         if not math.isfinite(loss):
             raise ToyError(f"the loss of step {step} is {loss}; lower the learning rate ({run.lr:g}) with --set lr=...")
-        line = {"step": step, "loss": loss, "lr": optimizer.param_groups[0]["lr"], "tokens": tokens, "seconds": round(seconds, 3)}
-        _append(out, line, engine)
-        said("training", step / steps, f"step {step}/{steps}, loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s")
+        log.step(step, loss, optimizer.param_groups[0]["lr"], count)
+        said("training", step / steps, f"step {step}/{steps}, loss {loss:.3f}, {log.tokens / log.seconds:,.0f} tokens/s")
 
     def save(folder: Path, step: int) -> None:
-        nonlocal clock
         weights = prepared.method.trained(model, weight_decay=run.weight_decay)
         checkpoints.write(folder, step, run, weights, optimizer, scheduler, main=engine.is_main)
-        clock = time.perf_counter()
+        log.saved()
 
     loop = Training(
         run,
@@ -368,7 +357,7 @@ def train(
         optimizer=optimizer,
         scheduler=scheduler,
         steps=steps,
-        first=first,
+        first=saved.step if saved else 0,
         before_steps=before_steps,
         after_step=after_step,
         out=out,
@@ -386,17 +375,17 @@ def train(
         parameters=parameters,
         trainable=trainable,
         steps=steps,
-        tokens=tokens,
-        seconds=round(seconds, 3),
-        setup_seconds=round(setup_seconds, 3),
-        tokens_per_second=round(tokens / seconds, 1) if seconds else 0.0,
+        tokens=log.tokens,
+        seconds=round(log.seconds, 3),
+        setup_seconds=round(log.setup_seconds, 3),
+        tokens_per_second=round(log.tokens / log.seconds, 1) if log.seconds else 0.0,
         peak_memory_bytes=peak_memory(engine.device),
-        loss_before=before,
+        loss_before=log.loss,
         loss_after=after,
         perplexity_after=perplexity(after),
-        old_loss_before=old_before,
+        old_loss_before=log.old_loss,
         old_loss_after=old_after,
-        forgetting=None if old_after is None or old_before is None else old_after - old_before,
+        forgetting=None if old_after is None or log.old_loss is None else old_after - log.old_loss,
         texts=tuple({"prompt": prompt, "text": text} for prompt, text in zip(texts.prompts, written, strict=True)),
     )
     if engine.is_main:
@@ -431,46 +420,6 @@ def _check_folder(out: Path, run: Run, found: list[Path]) -> None:
             raise UsageError(
                 f"{out} holds an unfinished run with other settings: {'; '.join(apart)}. Give another --out, or those settings."
             )
-
-
-def _start_folder(out: Path, run: Run, engine: Engine) -> None:
-    """An empty log in a folder that can be written."""
-    engine.wait()
-    if engine.is_main:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / LOG).write_text("")
-        except OSError as error:
-            raise ToyError(f"{out} cannot be written: {error.strerror}") from None
-
-
-def _append(out: Path, line: dict[str, Any], engine: Engine) -> None:
-    if engine.is_main:
-        with open(out / LOG, "a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def read_log(out: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log; a last line that was cut off is left out."""
-    lines = []
-    for text in (out / LOG).read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
-
-
-def _read_progress(out: Path, step: int, engine: Engine) -> tuple[float, float | None, int, float]:
-    """The losses before training, and tokens and seconds until `step`; what the log says of later steps is taken out."""
-    lines = [line for line in read_log(out) if line["step"] <= step]
-    engine.wait()
-    if engine.is_main:
-        draft = out / f".{LOG}.part"
-        draft.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        os.replace(draft, out / LOG)
-    engine.wait()
-    return lines[0]["held_out_loss"], lines[0]["old_loss"], lines[-1].get("tokens", 0), lines[-1].get("seconds", 0.0)
 
 
 def is_first_process() -> bool:
