@@ -4,6 +4,7 @@ A case is drawn as a few small numbers and a seed; its matrices come from the se
 small whole numbers first, so that the smallest failing case can be read.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,26 +15,31 @@ ENTRIES = ("small whole numbers", "normal")
 SCALINGS = (2.0, 0.5, 3.0, 1.25)
 
 
+@functools.cache  # composite strategies ask for it with every case
 def sides(low: int = 1, high: int = 8) -> st.SearchStrategy[int]:
     """A side of a matrix."""
     return st.integers(low, high)
 
 
+@functools.cache
 def seeds() -> st.SearchStrategy[int]:
     """A seed for `matrices` or for a generator."""
     return st.integers(0, 2**32 - 1)
 
 
+@functools.cache
 def entries() -> st.SearchStrategy[str]:
     """Which kind of entries `matrices` makes."""
     return st.sampled_from(ENTRIES)
 
 
+@functools.cache
 def scalings() -> st.SearchStrategy[float]:
     """The number s of a layer."""
     return st.sampled_from(SCALINGS)
 
 
+@functools.cache
 def leads() -> st.SearchStrategy[tuple[int, ...]]:
     """What stands before the features in the shape of a layer's input: one sample, some, or a batch of sequences."""
     return st.sampled_from([(), (3,), (2, 2)])
