@@ -250,7 +250,7 @@ def plan(
             "sharded weights while they compute": found.gathered,
             "or, while the optimizer computes": found.stepping,
             "or, before training: gradients for the start, weights on their way": found.setup,
-            "or, at a checkpoint: what the first process gathers": found.saving,
+            "or, at a checkpoint: its files as they are put together": found.saving,
         }
         for name, size in parts.items():
             if size:

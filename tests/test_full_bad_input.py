@@ -1,5 +1,6 @@
 """What goes wrong in a full-scale run says what came, what was needed and what to do, and damages nothing."""
 
+import errno
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ pytest.importorskip("peft")
 from loracle.cli import app
 from loracle.toy_tasks.config import CONFIGS, ToyError, UsageError
 from loracle.toy_tasks.full_scale import checkpoints, engine, training
+from loracle.toy_tasks.full_scale.log import LOG, Log
 from loracle.toy_tasks.full_scale.settings import resolve
 
 SETTINGS = ["precision=float32", "batch_size=4", "rank=2", "alpha=4", "lr=1e-2", "sequence_length=40", "dropout=0", "weight_decay=0"]
@@ -265,11 +268,42 @@ def test_a_checkpoint_without_one_of_its_files(unfinished):
         training.train(run(), out, cpu=True)
 
 
-def test_what_a_killed_save_left_is_no_part_of_the_next(unfinished):
-    """Two processes were about to write the checkpoint that one process writes after them."""
+def test_another_file_of_tensors_in_a_checkpoint(unfinished):
+    """torch's reader would take its tensors, of an earlier step for instance, in the place of the checkpoint's own."""
     run, out = unfinished
     [path] = checkpoints.find(out)[-1].glob("shard-*.safetensors")
-    left = out / ".checkpoint-6.part"
+    (path.parent / "mine.safetensors").write_bytes(path.read_bytes())
+    (path.parent / "notes.txt").write_text("kept")
+    with pytest.raises(ToyError, match=r"mine\.safetensors is no part of the checkpoint"):
+        training.train(run(), out, cpu=True)
+    (path.parent / "mine.safetensors").unlink()
+    assert training.train(run(), out, cpu=True).steps == 6
+
+
+@pytest.mark.parametrize("text", [None, ""])
+def test_a_run_whose_log_is_gone(unfinished, text):
+    run, out = unfinished
+    (out / LOG).unlink()
+    if text is not None:
+        (out / LOG).write_text(text)
+    with pytest.raises(ToyError, match=rf"{LOG} is missing or not whole"):
+        training.train(run(), out, cpu=True)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}"])
+def test_a_checkpoint_that_says_nothing_of_its_run(unfinished, text):
+    run, out = unfinished
+    (checkpoints.find(out)[-1] / checkpoints.RUN).write_text(text)
+    with pytest.raises(ToyError, match="has schema None"):
+        training.train(run(), out, cpu=True)
+
+
+@pytest.mark.parametrize("steps", [4, 6])
+def test_what_a_killed_save_left_is_no_part_of_the_next(unfinished, steps):
+    """Two processes were about to write the checkpoint that one process writes after them, or one of another step."""
+    run, out = unfinished
+    [path] = checkpoints.find(out)[-1].glob("shard-*.safetensors")
+    left = out / f".checkpoint-{steps}.part"
     left.mkdir()
     (left / path.name.replace("shard-00001", "shard-00002")).write_bytes(path.read_bytes())
     training.train(run(), out, cpu=True)
@@ -315,6 +349,29 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(unfinished):
     assert checkpoints.find(out) == [kept]
     assert not list(out.glob(".*"))
     assert training.train(run(), out, cpu=True).steps == 6
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no file here that stands for a full disk")
+def test_a_disk_that_is_full_for_the_log(unfinished, monkeypatch):
+    """When a step is logged, and when the log is shortened to the steps of the checkpoint."""
+    run, out = unfinished
+    kept = checkpoints.find(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "before", lambda self, *losses: None)
+        patch.setattr(Log, "first_step", lambda self: setattr(self, "path", Path("/dev/full")))
+        with pytest.raises(ToyError, match=r"could not be written: No space left on device\. The last checkpoint is untouched"):
+            training.train(run(), out, cpu=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(ToyError, match=rf"{LOG} could not be written: No space left on device"):
+            training.train(run(), out, cpu=True)
+    assert checkpoints.find(out) == kept
+    assert not list(out.glob(".*"))
+    assert training.train(run(), out, cpu=True).steps == 6
+
+
+def full(handle):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_refused_run_leaves_no_folder(attempt, tmp_path, tiny_llama):

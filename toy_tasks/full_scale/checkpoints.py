@@ -155,7 +155,8 @@ def write(
     tensors |= {f"model.{name}": tensor.detach() for name, tensor in weights.items()}
     draft = folder.with_name(f".{folder.name}.part")
     if main:  # before any rank writes: the first thing that `save` does is to wait for all
-        shutil.rmtree(draft, ignore_errors=True)
+        for left in folder.parent.glob(".checkpoint-*.part"):  # of this step or another
+            shutil.rmtree(left, ignore_errors=True)
     try:
         with _by_torch():
             writer = HuggingFaceStorageWriter(str(draft), fqn_to_index_mapping=_files(tensors), save_distributed=True)
@@ -213,8 +214,9 @@ def read_run(folder: Path) -> tuple[Run, int, dict[str, Any]]:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ToyError(f"{path} is missing or not whole: {error}. Delete {folder} to start from the beginning.") from None
-    if tree.get("schema") != SCHEMA:
-        raise ToyError(f"{path} has schema {tree.get('schema')}; this version of loracle reads schema {SCHEMA}")
+    schema = tree.get("schema") if isinstance(tree, dict) else None
+    if schema != SCHEMA:
+        raise ToyError(f"{path} has schema {schema}; this version of loracle reads schema {SCHEMA}")
     return convert(tree["run"], Run, str(path)), tree["step"], tree
 
 
@@ -232,6 +234,9 @@ def read(folder: Path, run: Run) -> Saved:
         path = folder / name
         if not path.exists() or path.stat().st_size != size:
             raise ToyError(f"{path} is missing or not whole. Delete {folder} to start from the beginning.")
+    for path in folder.glob("*.safetensors"):  # all of which are read
+        if path.name not in tree["files"]:
+            raise ToyError(f"{path} is no part of the checkpoint, and its tensors would be taken for such. Move it elsewhere.")
     return Saved(folder, step, tree["optimizer"], tree["scheduler"])
 
 

@@ -2,12 +2,12 @@
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from ..config import ToyError
+from ..records import write_atomically
 from .engine import Engine
 
 LOG = "log.jsonl"
@@ -38,15 +38,16 @@ class Log:
                 raise ToyError(f"{self.path.parent} cannot be written: {error.strerror}") from None
 
     def resume(self, step: int) -> None:
-        """Go on after a step; what the log says of later ones is taken out."""
-        lines = [line for line in read_log(self.path.parent) if line["step"] <= step]
+        """Go on after a step; what the log says of later ones is taken out. Raises ToyError if it cannot be read or written."""
+        try:
+            lines = [line for line in read_log(self.path.parent) if line["step"] <= step]
+            self.loss, self.old_loss = lines[0]["held_out_loss"], lines[0]["old_loss"]
+        except (OSError, IndexError):
+            raise ToyError(f"{self.path} is missing or not whole. Delete the run's folder to start from the beginning.") from None
         self.engine.wait()
         if self.engine.is_main:
-            draft = self.path.with_name(f".{LOG}.part")
-            draft.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            os.replace(draft, self.path)
+            write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         self.engine.wait()
-        self.loss, self.old_loss = lines[0]["held_out_loss"], lines[0]["old_loss"]
         self.tokens, self.seconds = lines[-1].get("tokens", 0), lines[-1].get("seconds", 0.0)
 
     def before(self, loss: float, old_loss: float | None) -> None:
@@ -71,8 +72,11 @@ class Log:
 
     def _append(self, line: dict[str, Any]) -> None:
         if self.engine.is_main:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise ToyError(f"{self.path} could not be written: {error.strerror}. The last checkpoint is untouched.") from None
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
