@@ -298,6 +298,24 @@ def test_a_checkpoint_that_says_nothing_of_its_run(unfinished, text):
         training.train(run(), out, cpu=True)
 
 
+def test_a_part_of_a_checkpoint_on_another_machine(unfinished, monkeypatch):
+    """As if another process had no disk in common with the first: what it wrote is not there."""
+    run, out = unfinished
+    kept, save = checkpoints.find(out), checkpoints.save
+
+    def save_and_lose(tensors, storage_writer):
+        save(tensors, storage_writer=storage_writer)
+        next(Path(storage_writer.path).glob("*-00002-of-*")).unlink()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "FILE_BYTES", 4_000)
+        patch.setattr(checkpoints, "save", save_and_lose)
+        with pytest.raises(ToyError, match=r"is not whole in .*on a disk that they share"):
+            training.train(run(), out, cpu=True)
+    assert checkpoints.find(out) == kept
+    assert training.train(run(), out, cpu=True).steps == 6
+
+
 @pytest.mark.parametrize("steps", [4, 6])
 def test_what_a_killed_save_left_is_no_part_of_the_next(unfinished, steps):
     """Two processes were about to write the checkpoint that one process writes after them, or one of another step."""

@@ -149,7 +149,7 @@ def write(
     """Write a checkpoint and delete the ones beside it once it is whole. Every rank has to call it.
 
     Raises:
-        ToyError: it could not be written; the checkpoint before it is untouched.
+        ToyError: it could not be written, or not by all ranks into one folder; the checkpoint before it is untouched.
     """
     tensors, rest = flatten_optimizer(optimizer)
     tensors |= {f"model.{name}": tensor.detach() for name, tensor in weights.items()}
@@ -162,6 +162,7 @@ def write(
             writer = HuggingFaceStorageWriter(str(draft), fqn_to_index_mapping=_files(tensors), save_distributed=True)
             save(tensors, storage_writer=writer)
         if main:
+            _check_whole(draft, tensors)
             files = {path.name: path.stat().st_size for path in draft.iterdir()}
             numbers = {"schema": SCHEMA, "step": step, "run": dataclasses.asdict(run), "files": files}
             write_atomically(draft / RUN, json.dumps(numbers | {"optimizer": rest, "scheduler": scheduler.state_dict()}))
@@ -176,6 +177,16 @@ def write(
     finally:
         if main:
             shutil.rmtree(draft, ignore_errors=True)
+
+
+def _check_whole(draft: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse what lacks a part: a process on another machine may have written it there. Reads the heads of the files only."""
+    found = HuggingFaceStorageReader(str(draft)).read_metadata().state_dict_metadata
+    for name, tensor in tensors.items():
+        content = found.get(name)
+        chunks = content.chunks if isinstance(content, TensorStorageMetadata) else []
+        if not chunks or sum(chunk.sizes.numel() for chunk in chunks) != tensor.numel():
+            raise ToyError(f"{name} is not whole in {draft}: --out has to be one folder for all processes, on a disk that they share")
 
 
 def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
