@@ -36,6 +36,7 @@ CASES = {
     **{f"{engine}-{method}": METHODS[method] for engine in ("ddp", "fsdp") for method in METHODS},
     "fsdp-lora": (WEIGHTS, FEW),
     "fsdp-full-accumulated": (DEEP, ["batch_size=4", "sequence_length=32", "optimizer=sgd"]),
+    "fsdp-lora_pro-decayed": (WEIGHTS, [*FEW, "weight_decay=0.1"]),
     "fsdp-lora_ga": (WEIGHTS, [*FEW, "options={gradient_samples=4}"]),
     **{f"{engine}-lora-bf16": (WEIGHTS, [*FEW, "precision=bf16"]) for engine in ("ddp", "fsdp")},
 }

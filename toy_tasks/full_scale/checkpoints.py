@@ -224,7 +224,9 @@ def read_run(folder: Path) -> tuple[Run, int, dict[str, Any]]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ToyError(f"{path} is missing or not whole: {error}. Delete {folder} to start from the beginning.") from None
+        raise ToyError(
+            f"{path} is missing or not whole: {error}. Delete {folder} to go on from the one before it, or from the beginning."
+        ) from None
     schema = tree.get("schema") if isinstance(tree, dict) else None
     if schema != SCHEMA:
         raise ToyError(f"{path} has schema {schema}; this version of loracle reads schema {SCHEMA}")
@@ -244,7 +246,7 @@ def read(folder: Path, run: Run) -> Saved:
     for name, size in tree["files"].items():
         path = folder / name
         if not path.exists() or path.stat().st_size != size:
-            raise ToyError(f"{path} is missing or not whole. Delete {folder} to start from the beginning.")
+            raise ToyError(f"{path} is missing or not whole. Delete {folder} to go on from the one before it, or from the beginning.")
     for path in folder.glob("*.safetensors"):  # all of which are read
         if path.name not in tree["files"]:
             raise ToyError(f"{path} is no part of the checkpoint, and its tensors would be taken for such. Move it elsewhere.")
@@ -292,7 +294,7 @@ def _contents(saved: Saved) -> dict[str, TensorStorageMetadata]:
     try:
         found = HuggingFaceStorageReader(str(saved.folder)).read_metadata().state_dict_metadata
     except (OSError, SafetensorError) as error:
-        raise ToyError(f"{saved.folder} is not whole: {error}. Delete it to start from the beginning.") from None
+        raise ToyError(f"{saved.folder} is not whole: {error}. Delete it to go on from the one before it, or from the beginning.") from None
     return {name: content for name, content in found.items() if isinstance(content, TensorStorageMetadata)}
 
 

@@ -129,6 +129,7 @@ def estimate(run: Run, config: Any, *, ranks: int = 1, cpu: bool = False) -> Pla
     except ValueError as error:
         raise UsageError(str(error)) from None
     base = sum(p.numel() for p in model.parameters())
+    adapted, largest = (of(out * inn for out, inn in shapes) for of in (sum, max))
     counts = [added(run.method, out, inn, run.rank, run.options) for out, inn in shapes]
     trained = sum(count.trained for count in counts)
     frozen = sum(count.frozen for count in counts) + shared(run.method, shapes, run.rank)
@@ -136,16 +137,16 @@ def estimate(run: Run, config: Any, *, ranks: int = 1, cpu: bool = False) -> Pla
     sharded = ranks if run.engine == "fsdp" else 1
     trained_whole = trained * (size if full else width)
     trained_bytes = trained_whole // (sharded if full else 1)
-    moments, stepping = 0 if run.optimizer == "sgd" else 2 * trained_bytes, 0
+    moments, stepping, decayed = 0 if run.optimizer == "sgd" else 2 * trained_bytes, 0, 0
     if run.optimizer != "sgd" and getattr(method, "mode", "") == "full":  # LoRA-Pro keeps moments of the whole weight
-        largest = max(out * inn for out, inn in shapes)
-        moments, stepping = 2 * width * sum(out * inn for out, inn in shapes), 6 * width * largest
+        moments, stepping, decayed = 2 * width * adapted, 6 * width * largest, size * adapted if run.weight_decay else 0
     adapters = 0 if full else width * trained + size * frozen
     rows = run.rows_at_once(ranks)
     activations = activation_bytes(run, config, rows, full=full)
     gradients, gathered, setup = trained_bytes, 0, 0
     # In main memory, the bytes of a file twice as they are put together; of what all ranks have, each writes its share
-    saving = 2 * min((trained_bytes + moments) // (1 if full and sharded > 1 else ranks), FILE_BYTES) if cpu else 0
+    written = (trained_bytes + moments) // (1 if full and sharded > 1 else ranks) + decayed // ranks
+    saving = 2 * min(written, FILE_BYTES) if cpu else 0
     if ranks > 1 and sharded == 1:
         gradients *= 2  # DDP's buckets
         saving += trained_bytes  # the same
@@ -160,8 +161,7 @@ def estimate(run: Run, config: Any, *, ranks: int = 1, cpu: bool = False) -> Pla
         if full and run.batch_size > rows * ranks:
             gradients = trained_whole  # not spread before the last of the accumulated passes
     if hasattr(method, "gradient_samples"):  # the sums of the weights' gradients besides
-        adapted = sum(out * inn for out, inn in shapes)
-        sums = width * adapted + size * max(out * inn for out, inn in shapes)
+        sums = width * adapted + size * largest
         sums += activation_bytes(run, config, ROWS_OF_ESTIMATE, full=True, plain=True)
         setup = max(setup, sums + (size * (base - base // sharded)))
     return Plan(
