@@ -85,8 +85,9 @@ class Gradients(NamedTuple):
 def scaling_factor(alpha: float, rank: int) -> float:
     """The number sigma = alpha / rank that multiplies the leading part. The official layers are made with alpha = 1.
 
-    Raises ValueError if `rank` is below 1.
+    Raises ValueError if `rank` is below 1, or `alpha` is not positive and finite.
     """
+    check_positive("alpha", alpha)
     if rank < 1:
         raise ValueError(f"rank is {rank!r}; needed a whole number of at least 1")
     return alpha / rank
@@ -281,9 +282,14 @@ def restore(
 
 def _checked_delta(U: Tensor, z: Tensor, L: Tensor, P: Tensor, scaling: float) -> Tensor:
     """The trained part, after a look at P's values."""
+    _check_permutation(P)
+    return delta_weight(U, z, L, P, scaling)
+
+
+def _check_permutation(P: Tensor) -> None:
+    """Check that P holds each row once. Reads values: for set-up functions only."""
     if not torch.equal(P.sort().values, torch.arange(len(P), device=P.device)):
         raise ValueError(f"P is no permutation; needed each of 0..{len(P) - 1} once, such that P L = L[P]")
-    return delta_weight(U, z, L, P, scaling)
 
 
 def gradients(
@@ -313,16 +319,21 @@ def fit_diagonal(
     """The diagonal z (rank) for which sigma P L diag(z) U is nearest to `target` (out, in) in the Frobenius norm.
 
     Raises:
-        ValueError: shapes do not fit, an entry is not finite, `scaling` is zero, or the factors' Gram matrix is singular.
+        ValueError: shapes do not fit, an entry is not finite, P does not hold each row once, `scaling` is zero or not finite, or the
+            terms depend on each other but for rounding, so that there is no one best diagonal.
     """
     check_shapes(target=(target, "out in"), U=(U, "rank in"), L=(L, "out rank"))
     _check_index(P, L)
+    _check_permutation(P)
     check_finite(target=target, U=U, L=L)
     right, left, wanted = working(U), working(L)[P], working(target)
     # sigma^2 [(L^T L) o (U U^T)] z = sigma (l_i^T T u_i^T)_i; the Gram matrix is positive definite
     gram, inner = (left.mT @ left) * (right @ right.mT), ((left.mT @ wanted) * right).sum(dim=1)
     z = torch.linalg.solve_ex(scaling**2 * gram, scaling * inner).result
-    if not z.isfinite().all():
+    # Terms of unit length: of these the eigenvalues say how nearly one depends on the others
+    lengths = gram.diagonal().sqrt()
+    least = torch.linalg.eigvalsh(gram / lengths / lengths[:, None])[0] if (lengths > 0).all() else lengths.new_zeros(())
+    if not z.isfinite().all() or least <= 10 * len(gram) * torch.finfo(gram.dtype).eps:
         raise ValueError(f"no best diagonal for scaling {scaling!r}, U and L; needed a finite scaling, not zero, and factors of full rank")
     return _stored("z", z, target)
 
