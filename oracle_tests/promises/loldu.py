@@ -113,12 +113,11 @@ def names_of_the_starts(module):
     assert {name for name, kind in module.NOISE.items() if kind == "uniform"} == {"uniform", "s_uniform"}
 
 
-@promise("The scaling of a start is positive and finite.", of=("init", "scaling_factor", "LoLDULinear"))
+@promise("The scaling of a start is positive and finite.", of=("init", "_start", "LoLDULinear"))
 def scaling_is_positive(module):
     for bad in (0.0, -1.0, math.nan, math.inf):
         refuses(module.init, "scaling", randn(4, 5), bad, rank=2)
-        refuses(module.scaling_factor, "alpha", bad, 2)
-        refuses(module.LoLDULinear, "alpha", _linear(), rank=2, alpha=bad)
+        refuses(module.LoLDULinear, "scaling", _linear(), rank=2, alpha=bad)
 
 
 @promise("A random start asks for its noise, and says how to draw it; noise of another length is refused.", of=("init_diagonal", "init"))
