@@ -162,6 +162,8 @@ def merging_needs_a_permutation(module):
             function(W, U, z, L, good, 1.0)
     for bad in (good.int(), good.double(), good[:3], good[None], good.to("meta")):
         refuses(module.delta_weight, "P", U, z, L, bad, 1.0)
+    # Elsewhere no value is read
+    assert torch.equal(module.delta_weight(U, z, L, 0 * good, 1.0), module.delta_weight(U, z, L[:1].repeat(4, 1), good, 1.0))
 
 
 @promise("Without a best diagonal there is an error: a scaling of zero, or dependent factors.", of="fit_diagonal")
@@ -178,6 +180,10 @@ def fit_is_possible(module):
         same_rows = torch.stack([U[0], -2.0 * U[0], 0.3 * U[0]])
         for column in (1.7 * L[:, 0], L[:, 0] + L[:, 1]):
             refuses(module.fit_diagonal, "L", target, same_rows, torch.stack([L[:, 0], L[:, 1], column], dim=1), P, 1.0)
+        for _ in range(30):
+            pairs = randn(3, 8).to(dtype), randn(9, 3).to(dtype)
+            pairs[0][1], pairs[1][:, 1] = -2.0 * pairs[0][0], 0.7 * pairs[1][:, 0]
+            refuses(module.fit_diagonal, "L", target, *pairs, P, 1.0)
         # Lengths that differ a lot are no dependence
         lengths = torch.tensor([1.0, 1e-4, 1e4], dtype=dtype)
         assert module.fit_diagonal(target, U * lengths[:, None], L, P, 1.0).isfinite().all()
