@@ -77,7 +77,7 @@ def plain_scaling_by_default(module):
     assert _layer(module).scaling == 1.5
 
 
-@promise("An alpha that is not finite is refused.", of=("scaling_factor", "LoRALinear"))
+@promise("An alpha that is not finite is refused.", of="scaling_factor")
 def alpha_is_finite(module):
     for bad in (math.nan, math.inf, -math.inf):
         for rslora in (False, True):
