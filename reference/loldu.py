@@ -187,15 +187,15 @@ def init(
         ValueError: `rank` is not in 1..min(out, in), W0 is not finite, a leading pivot is zero but for rounding, `scaling` is not
             positive, or as `init_diagonal`.
     """
-    check_positive("scaling", scaling)
-    (U, subtracted, L, P), z = _start(W0, rank, diagonal, noise, preserve)
+    (U, subtracted, L, P), z = _start(W0, scaling, rank, diagonal, noise, preserve)
     # W_res = W0 - sigma P L_r diag(z_0) U_r, with the factors as they are stored, so that their rounding cancels
     leading = delta_weight(working(U), working(subtracted), working(L), P, scaling)
     return Weights(_stored("W_base", W0 - leading, W0), U, z, L, P)
 
 
-def _start(W0: Tensor, rank: int, diagonal: str, noise: Tensor | None, preserve: bool) -> tuple[LDU, Tensor]:
+def _start(W0: Tensor, scaling: float, rank: int, diagonal: str, noise: Tensor | None, preserve: bool) -> tuple[LDU, Tensor]:
     """The leading factors, with the diagonal that the residual is made with in place of D, and the start of z; as stored."""
+    check_positive("scaling", scaling)
     check_shapes(W0=(W0, "out in"), noise=(noise, "rank"))
     check_rank(rank, W0)
     U, D, L, P = _factorise(W0, rank)
@@ -245,8 +245,9 @@ def merge(
         ValueError: shapes or dtypes do not fit, an entry is NaN or infinite, or P does not hold each row once.
     """
     check_shapes(W_base=(W_base, "out in"), U=(U, "rank in"), L=(L, "out rank"))
+    _check_index(P, L, values=True)
     check_finite(W_base=W_base, U=U, z=z, L=L)
-    return W_base + _checked_delta(U, z, L, P, scaling)
+    return W_base + delta_weight(U, z, L, P, scaling)
 
 
 def unmerge(
@@ -259,8 +260,9 @@ def unmerge(
 ) -> Float[Tensor, "out in"]:
     """The residual W_base = W - sigma P L diag(z) U (out, in) from a merged weight, up to rounding. Raises as `merge`."""
     check_shapes(W=(W, "out in"), U=(U, "rank in"), L=(L, "out rank"))
+    _check_index(P, L, values=True)
     check_finite(W=W, U=U, z=z, L=L)
-    return W - _checked_delta(U, z, L, P, scaling)
+    return W - delta_weight(U, z, L, P, scaling)
 
 
 def restore(
@@ -277,13 +279,6 @@ def restore(
     has to give this, not the residual. Raises ValueError as `merge` does, for NaN and infinite entries too.
     """
     return merge(W_base, U, z, L, P, scaling)
-
-
-def _checked_delta(U: Tensor, z: Tensor, L: Tensor, P: Tensor, scaling: float) -> Tensor:
-    """The trained part, after a look at P's values."""
-    if not torch.equal(P.sort().values, torch.arange(len(P), device=P.device)):
-        raise ValueError(f"P is no permutation; needed each of 0..{len(P) - 1} once, such that P L = L[P]")
-    return delta_weight(U, z, L, P, scaling)
 
 
 def gradients(
@@ -313,16 +308,19 @@ def fit_diagonal(
     """The diagonal z (rank) for which sigma P L diag(z) U is nearest to `target` (out, in) in the Frobenius norm.
 
     Raises:
-        ValueError: shapes do not fit, an entry is not finite, `scaling` is zero, or the factors' Gram matrix is singular.
+        ValueError: shapes do not fit, an entry is not finite, P does not hold each row once, `scaling` is zero or not finite, or the
+            terms depend on each other but for rounding, so that there is no one best diagonal.
     """
     check_shapes(target=(target, "out in"), U=(U, "rank in"), L=(L, "out rank"))
-    _check_index(P, L)
+    _check_index(P, L, values=True)
     check_finite(target=target, U=U, L=L)
     right, left, wanted = working(U), working(L)[P], working(target)
     # sigma^2 [(L^T L) o (U U^T)] z = sigma (l_i^T T u_i^T)_i; the Gram matrix is positive definite
     gram, inner = (left.mT @ left) * (right @ right.mT), ((left.mT @ wanted) * right).sum(dim=1)
     z = torch.linalg.solve_ex(scaling**2 * gram, scaling * inner).result
-    if not z.isfinite().all():
+    # Of terms of unit length the eigenvalues say how nearly one depends on the others; one that is zero has no finite z already
+    lengths, rounding = gram.diagonal().sqrt(), 10 * len(gram) * torch.finfo(gram.dtype).eps
+    if not z.isfinite().all() or torch.linalg.eigvalsh(gram / lengths / lengths[:, None])[0] <= rounding:
         raise ValueError(f"no best diagonal for scaling {scaling!r}, U and L; needed a finite scaling, not zero, and factors of full rank")
     return _stored("z", z, target)
 
@@ -372,7 +370,7 @@ class LoLDULinear(nn.Module):
         W0, scaling = base.weight.detach(), scaling_factor(alpha, rank)
         kind = NOISE.get(diagonal)
         noise = draw_noise(W0, rank=rank, distribution=kind, generator=generator) if kind else None
-        (U, z0, L, P), z = _start(W0, rank, diagonal, noise, preserve)
+        (U, z0, L, P), z = _start(W0, scaling, rank, diagonal, noise, preserve)
         self.base = base.requires_grad_(False)
         self.scaling = nn.Parameter(W0.new_tensor(scaling), requires_grad=train_scaling)
         self.z = nn.Parameter(z)
@@ -419,10 +417,12 @@ def _stored(name: str, tensor: Tensor, W0: Tensor) -> Tensor:
     return stored
 
 
-def _check_index(P: Tensor, L: Tensor) -> None:
-    """Check dtype, shape and device of P. No value is read."""
+def _check_index(P: Tensor, L: Tensor, *, values: bool = False) -> None:
+    """Check dtype, shape and device of P, and with `values`, for set-up functions only, that it holds each row once."""
     if P.dtype != torch.int64 or P.shape != L.shape[:1] or P.device != L.device:
         raise ValueError(f"P is {P.dtype} {tuple(P.shape)} on {P.device}; needed torch.int64 ({len(L)},), as L has rows, on {L.device}")
+    if values and not torch.equal(P.sort().values, torch.arange(len(P), device=P.device)):
+        raise ValueError(f"P is no permutation; needed each of 0..{len(P) - 1} once, such that P L = L[P]")
 
 
 if __name__ == "__main__":

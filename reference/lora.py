@@ -87,10 +87,12 @@ def scaling_factor(alpha: float, rank: int, *, rslora: bool = False) -> float:
     `alpha` is set once and not retuned with the rank (paper, section 4.1). The second form is rsLoRA's (eq. 4).
 
     Raises:
-        ValueError: `rank` is below 1.
+        ValueError: `rank` is below 1, or `alpha` is not finite.
     """
     if rank < 1:
         raise ValueError(f"rank is {rank!r}; needed a whole number of at least 1")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha is {alpha!r}; needed a finite number")
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 

@@ -150,7 +150,7 @@ def init(
 
     Raises:
         ValueError: `rank` is not in 1..min(out, in), the update is zero or not finite, `scaling` is not positive, or the
-            sketch does not fit.
+            sketch does not fit, is zero or is not finite.
     """
     check_shapes(update=(update, "out in"), sketch=(sketch, "in columns"))
     check_rank(rank, update)
@@ -172,6 +172,7 @@ def _leading_triplets(M: Tensor, sketch: Tensor | None, rank: int, niter: int) -
             f"sketch has shape {tuple(sketch.shape)} and niter is {niter}; needed ({M.shape[1]}, columns) with {rank} to "
             f"{min(M.shape)} columns, and niter of at least 0: use draw_sketch"
         )
+    _check_nonzero("sketch", sketch)
     return randomised_svd(M, sketch, niter=niter)
 
 
@@ -179,10 +180,12 @@ def init_weights(W0: Float[Tensor, "out in"], update: Float[Tensor, "out in"], s
     """All weights at the start of training. W0 stays as it is, so the layer starts at W0 plus the best part of the update.
 
     Other than in LoRA-GA and PiSSA nothing is subtracted: the start is meant to be one step ahead of the pretrained model.
-    Raises as `init`, and if `W0` does not fit the update.
+    Raises as `init`, and if `W0` does not fit the update or is not finite.
     """
     check_shapes(W0=(W0, "out in"), update=(update, "out in"))
-    return Weights(W0, *init(update, scaling, rank=rank))
+    factors = init(update, scaling, rank=rank)
+    check_finite(W0=W0)
+    return Weights(W0, *factors)
 
 
 def init_xs(W0: Float[Tensor, "out in"], *, rank: int, sigma: float = 1e-5, generator: torch.Generator | None = None) -> Factors:
@@ -326,7 +329,7 @@ class LoRASBLinear(nn.Module):
     The factors are those of `init`, `init_xs` or any others; `base`, `A` and `B` are frozen.
 
     Raises:
-        ValueError: a factor does not fit the layer, or is not finite.
+        ValueError: a factor does not fit the layer, the weight or a factor is not finite, or `scaling` is not positive.
     """
 
     A: Tensor
@@ -335,7 +338,8 @@ class LoRASBLinear(nn.Module):
     def __init__(self, base: nn.Linear, A: Tensor, R: Tensor, B: Tensor, scaling: float = 1.0) -> None:
         super().__init__()
         check_shapes(W0=(base.weight, "out in"), A=(A, "rank in"), R=(R, "rank rank"), B=(B, "out rank"))
-        check_finite(A=A, R=R, B=B)
+        check_finite(W0=base.weight, A=A, R=R, B=B)
+        check_positive("scaling", scaling)
         self.base = base.requires_grad_(False)
         self.scaling = scaling
         self.register_buffer("A", A.detach().clone())

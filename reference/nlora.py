@@ -180,6 +180,8 @@ def init(
             scaling is not finite.
     """
     check_choice("core", core, CORES)
+    if not math.isfinite(scaling):
+        raise ValueError(f"scaling is {scaling!r}; needed a finite number")
     A, N, B = landmark_blocks(W0, rank=rank, rows=rows, cols=cols)
     if core == "pinv":
         N = _inverse(working(N), rcond).to(W0.dtype)
@@ -344,10 +346,10 @@ class SLoRALinear(nn.Module):
         self.base, self.scaling, self.dropout, self.merged = base.requires_grad_(False), scaling_factor(alpha, rank), dropout, False
         W0 = base.weight
         if method == "slora":
-            start = Weights(W0, *init_slora(W0, rank=rank, core=core or "kaiming", generator=generator))
+            start = Weights(W0, *init_slora(W0, rank=rank, core="kaiming" if core is None else core, generator=generator))
         else:
             options = {"residual": residual, "rows": rows, "cols": cols, "rcond": rcond}
-            start = init(W0, self.scaling, rank=rank, core=core or "block", **options)  # type: ignore[arg-type]
+            start = init(W0, self.scaling, rank=rank, core="block" if core is None else core, **options)  # type: ignore[arg-type]
         with torch.no_grad():
             base.weight.copy_(start.W_base)
         self.A = nn.Parameter(start.A, requires_grad=method != "inttune")

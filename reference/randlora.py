@@ -112,10 +112,10 @@ def scaling_factor(rank: int, bases: int, *, alpha: float | None = None, convent
     20 rank) or "vision" (alpha / rank, alpha 1). Sources: paper's hyperparameter table, PEFT, `vision_language/`.
 
     Raises:
-        ValueError: `rank` or `bases` is below 1, `alpha` is not positive and finite, or the convention is unknown.
+        ValueError: `rank` or `bases` is no whole number of at least 1, `alpha` is not positive and finite, or the convention is unknown.
     """
     check_choice("convention", convention, ("paper", "peft", "vision"))
-    if rank < 1 or bases < 1:
+    if not all(type(count) is int and count >= 1 for count in (rank, bases)):
         raise ValueError(f"rank is {rank!r} and bases {bases!r}; needed whole numbers of at least 1")
     alpha = {"paper": 2.0 * rank, "peft": 20.0 * rank, "vision": 1.0}[convention] if alpha is None else alpha
     check_positive("alpha", alpha)

@@ -20,6 +20,8 @@ from loracle.oracle_tests.mistakes import mistakes_of, wrong
 
 # Mistakes that give the same observables, in whatever the laws that they break look at
 TWINS: list[set[str]] = []
+# The same in float32 alone, where a delta of 1e-8 is none
+TWINS_IN_FLOAT32 = [{"adamw_ignores_delta", "step_delta_fixed"}, {"efficient_ignores_delta", "efficient_delta_fixed"}]
 # Mistakes that float32 cannot show
 NOT_IN_FLOAT32 = {
     "forward_in_float32",
@@ -28,6 +30,8 @@ NOT_IN_FLOAT32 = {
     "inverse_in_float32",
     "optimum_in_float32",
     "optimal_delta_by_default",
+    "step_delta_fixed",
+    "efficient_delta_fixed",
     "fit_in_float32",
     "norms_in_float32",
     "factored_in_float32",
@@ -42,8 +46,8 @@ def names(found: Diagnosis) -> set[str]:
     return {m.name for m in found.candidates}
 
 
-def allowed(mistake) -> list[set[str]]:
-    return [{mistake.name}, *(twins for twins in TWINS if mistake.name in twins)]
+def allowed(mistake, more=()) -> list[set[str]]:
+    return [{mistake.name}, *(twins for twins in (*TWINS, *more) if mistake.name in twins)]
 
 
 def needs_of(mistake, laws: int | None = None):
@@ -101,7 +105,7 @@ def test_a_mistake_is_named_in_float32(mistake):
         pytest.skip("float32 cannot show it")
     impl = load(wrong(mistake), paper=mistake.paper, dtype="float32")
     for id, needs in needs_of(mistake, 1).items():
-        assert names(found := diagnose(impl, needs)) in allowed(mistake), f"{id}: {found}"
+        assert names(found := diagnose(impl, needs)) in allowed(mistake, TWINS_IN_FLOAT32), f"{id}: {found}"
 
 
 @pytest.mark.parametrize("mistake", ALL)
@@ -358,3 +362,66 @@ def test_a_first_diagnosis_takes_little_time(paper):
             diagnose(load(wrong(mistakes_of(paper)[0]), paper=paper), looked_at(one))
     # All mistakes of the paper are observed for all laws here, so this is the first diagnosis of a dozen users
     assert time.process_time() - started < 15
+
+
+# Public code as it is, which makes several mistakes in one function
+
+
+def _pair_with_delta(grad_A, grad_B, A, B, s, X):
+    """The pair of the official code, whose inverses have 1e-8 on their diagonals."""
+    left, right = (torch.linalg.pinv(gram + 1e-8 * torch.eye(len(A), dtype=A.dtype)) for gram in (B.T @ B, A @ A.T))
+    best_A, best_B = left @ grad_A / s**2, (grad_B - B @ left @ B.T @ grad_B) @ right / s**2
+    if X == "zero":
+        return best_A, best_B
+    (a, P), (b, Q) = torch.linalg.eigh(B.T @ B), torch.linalg.eigh(A @ A.T)
+    free = P @ (P.T @ (-left @ grad_A @ A.T / s**2) @ Q / (a[:, None] + b)) @ Q.T
+    if X == "symmetry":
+        free = -left @ B.T @ grad_B @ (A @ A.T) / (2 * s**2)
+    return best_A + free @ A, best_B - B @ free
+
+
+def _adam(g, m, v, t, *, beta1=0.9, beta2=0.999, adam_eps=1e-8, squared=None, **_):
+    m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * (g if squared is None else squared(g)) ** 2
+    return m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + adam_eps), m, v
+
+
+@pytest.mark.parametrize(("half", "name"), [(False, "step_of_deepspeed"), (True, "step_of_deepspeed_in_bfloat16")])
+def test_a_port_of_the_official_step_of_lora_pro_is_told(half, name):
+    def step(grad_A, grad_B, W0, A, B, scaling, moment1, moment2, *, t, lr, weight_decay=0.0, X="sylvester", delta=0.0, **adam):
+        s = 16 / 8
+        pair = _pair_with_delta(grad_A, grad_B, A, B, s, "zero")
+        squared = (lambda g: g.bfloat16().to(g.dtype)) if half and t > 1 else None
+        d, m, v = _adam(s * B @ pair[0] + s * pair[1] @ A, moment1, moment2, t + 1, squared=squared, **adam)
+        for_A, for_B = _pair_with_delta(s * B.T @ d, s * d @ A.T, A, B, s, "sylvester")
+        return W0, A - lr * for_A, B - lr * for_B, m, v
+
+    impl = load(SimpleNamespace(step=step), paper="lora_pro")
+    for id in ("lora_pro.L13b", "lora_pro.L13c", "lora_pro.L14a"):
+        assert names(diagnose(impl, looked_at(law(id)))) == {name}
+
+
+def test_a_port_of_the_efficient_step_of_my_transformers_is_told():
+    def step_efficient(grad_A, grad_B, A, B, scaling, *moments, t, lr, weight_decay=0.0, X="sylvester", delta=0.0, **given):
+        old_1A, old_1B, old_2A, old_2B = (given.pop(f"moment{i}_{factor}") for i in (1, 2) for factor in "AB")
+        pair = _pair_with_delta(grad_A, grad_B, A, B, scaling, X)
+        for_A, m_A, v_A = _adam(pair[0], old_1A, old_2A, t, **given)
+        for_B, m_B, v_B = _adam(pair[1], old_1B, old_2B, t, **given)
+        return (1 - weight_decay) * A - for_A, (1 - weight_decay) * B - for_B, m_A, m_B, v_A, v_B
+
+    impl = load(SimpleNamespace(step_efficient=step_efficient), paper="lora_pro")
+    assert names(diagnose(impl, looked_at(law("lora_pro.L17b")))) == {"efficient_of_mytransformers"}
+
+
+@pytest.mark.parametrize("own_generator", [False, True])
+def test_lambdas_that_are_drawn_are_told_whatever_draws_them(own_generator):
+    def init(W0, *, rank, zero="lambdas"):
+        small = min(W0.shape)
+        bases = -(-small // rank)
+        generator = torch.Generator().manual_seed(3) if own_generator else None
+        if zero == "gammas":
+            return torch.zeros(bases, small, dtype=W0.dtype), torch.full((bases, rank), 1 / max(bases, rank), dtype=W0.dtype)
+        lambdas = torch.randn(bases, rank, dtype=W0.dtype, generator=generator)
+        return torch.full((bases, small), 1 / max(bases, small), dtype=W0.dtype), lambdas
+
+    found = diagnose(load(SimpleNamespace(init=init), paper="randlora"), looked_at(law("randlora.L1a")))
+    assert names(found) == {"random_lambdas" if own_generator else "random_lambdas_from_the_global_generator"}

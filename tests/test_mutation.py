@@ -231,7 +231,7 @@ def test_command(monkeypatch):
     done = CliRunner().invoke(app, ["strength", "lora"])
     assert done.exit_code == 1
     assert "STALE" in done.output
-    assert "17 (100.0%)" in done.output
+    assert "20 (100.0%)" in done.output
     monkeypatch.setattr(strength, "read_reasons", lambda paper: {})
     assert CliRunner().invoke(app, ["strength", "lora"]).exit_code == 0
     assert CliRunner().invoke(app, ["strength", "no_such"]).exit_code == 3

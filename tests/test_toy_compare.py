@@ -398,8 +398,8 @@ def test_what_the_page_says_in_words_was_measured(published):
     assert layer["nlora_residual"] == "worse"
     assert metrics["layer.nlora_residual.loss"].difference.mean < 0.03
     assert digits["nlora"] == "worse"
-    for frozen in ("lora_sb_equal_count", "randlora_equal_count"):
-        assert metrics[f"layer.{frozen}.loss"].mean > 0.45
+    assert 0.45 < metrics["layer.lora_sb_equal_count.loss"].mean < 0.55
+    assert metrics["layer.randlora_equal_count.loss"].mean > metrics["layer.lora_sb_equal_count.loss"].mean + 0.1
     assert constant(published, "layer.block_lora_equal_count.rank") == 8
     assert metrics["layer.loldu_equal_count.loss"].mean > 0.95
     assert constant(published, "digits.loldu_equal_count.parameters") * 16 == constant(published, "digits.lora.parameters")

@@ -16,9 +16,14 @@ def _B(case):
     """Of full rank; in the last case the last column is the sum of the others, exactly in every precision."""
     matrices, m, r = Matrices(case.number + 31), case.out, case.rank
     if case.number < 7:
-        return case.rounded(matrices.with_spectrum(m, r, np.linspace(2, 1, r)))
+        return _B_of_full_rank(case)
     columns = np.rint(16 * matrices.with_spectrum(m, r - 1, np.linspace(2, 1, r - 1))) / 16
     return np.hstack([columns, columns.sum(axis=1, keepdims=True)])
+
+
+def _B_of_full_rank(case):
+    """For the steps of AdamW: with a delta as small as the official one a B of lower rank turns rounding into what is compared."""
+    return case.rounded(Matrices(case.number + 31).with_spectrum(case.out, case.rank, np.linspace(2, 1, case.rank)))
 
 
 def _factors(case):
@@ -31,6 +36,10 @@ def _gradient(case):
 
 def _grad_A(case):
     return case.rounded(case.scaling * _factors(case)[1].T @ _gradient(case))
+
+
+def _grad_A_of_full_rank(case):
+    return case.rounded(case.scaling * _B_of_full_rank(case).T @ _gradient(case))
 
 
 def _grad_B(case):
@@ -52,6 +61,8 @@ OBSERVABLES = Observables(
     values={
         "B": _B,
         "grad_A": _grad_A,
+        **{f"{function}.B": _B_of_full_rank for function in ("step", "step_efficient")},
+        **{f"{function}.grad_A": _grad_A_of_full_rank for function in ("step", "step_efficient")},
         "grad_B": _grad_B,
         "moment2": _squares("moment2", "out in"),
         "moment2_A": _squares("moment2_A", "rank in"),
@@ -569,6 +580,33 @@ def squares_of_the_gradient_in_bfloat16(**given):
     return _composed(given, squared=lambda g: g.bfloat16().to(g.dtype) if given["t"] > 1 else g)
 
 
+@mistake("delta is 1e-8 in the step, whatever is given (the official code).", replaces="step", breaks=("lora_pro.L13f",))
+def step_delta_fixed(**given):
+    return right.step(**given | {"delta": 1e-8})
+
+
+@mistake(
+    "The step departs in four ways at once, as the authors' DeepSpeed code does: the scaling is fixed at 2, the bias correction is one "
+    "step late, nothing decays, and delta is 1e-8.",
+    replaces="step",
+    breaks=("lora_pro.L13a", "lora_pro.L13b", "lora_pro.L13c", "lora_pro.L14a"),
+)
+def step_of_deepspeed(*, t, X="sylvester", **given):
+    moved = right.step(t=t + 1, X="sylvester", **given | {"scaling": 2.0, "delta": 1e-8, "weight_decay": 0.0})
+    return moved._replace(W0=given["W0"])
+
+
+@mistake(
+    "The step departs in five ways at once, as the authors' DeepSpeed code does: the scaling is fixed at 2, the bias correction is one "
+    "step late, nothing decays, delta is 1e-8, and from the second step on the gradient is rounded to bfloat16 before it is squared.",
+    replaces="step",
+    breaks=("lora_pro.L13a", "lora_pro.L13b", "lora_pro.L13c", "lora_pro.L14a"),
+)
+def step_of_deepspeed_in_bfloat16(*, t, **given):
+    changed = given | {"t": t + 1, "delta": 1e-8, "weight_decay": 0.0}
+    return _composed(changed, scaling=2.0, X="sylvester", squared=lambda g: g.bfloat16().to(g.dtype) if t > 1 else g)
+
+
 @mistake("Decay is not multiplied by the learning rate.", replaces="step", breaks=("lora_pro.L14a", "lora_pro.L13c"))
 def decay_without_learning_rate(*, weight_decay=0.0, **given):
     return right.step(weight_decay=weight_decay / given["lr"], **given)
@@ -634,6 +672,22 @@ def efficient_counts_B_further(*, t, **given):
 )
 def efficient_rate_of_one(*, lr, **given):
     return right.step_efficient(lr=1.0, **given)
+
+
+@mistake("In efficient mode delta is 1e-8, whatever is given (the official code).", replaces="step_efficient", breaks=("lora_pro.L17d",))
+def efficient_delta_fixed(**given):
+    return right.step_efficient(**given | {"delta": 1e-8})
+
+
+@mistake(
+    "The efficient step departs in three ways at once, as in MyTransformers without a scheduler: the learning rate is 1, delta is 1e-8, "
+    "and the symmetric X is multiplied by A A' where its inverse is needed.",
+    replaces="step_efficient",
+    breaks=("lora_pro.L17b", "lora_pro.L17c", "lora_pro.L17d"),
+)
+def efficient_of_mytransformers(*, X="sylvester", **given):
+    X = _symmetric_choice(None, *(given[name] for name in ("grad_B", "A", "B", "scaling")), X, 1e-8)
+    return right.step_efficient(X=X, **given | {"lr": 1.0, "delta": 1e-8})
 
 
 @mistake("In efficient mode the bias correction is one step late.", replaces="step_efficient", breaks=("lora_pro.L17b", "lora_pro.L17c"))

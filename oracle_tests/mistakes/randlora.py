@@ -58,8 +58,15 @@ def _pair(case, result):
     return {"A": A, "B": B, "sides": np.array([*A.shape, *B.shape]), "terms": np.round(deviations.std() / deviations.mean(), 2)}
 
 
+def _start(case, result):
+    """The diagonals at the start, where of lambdas that were drawn it only shows that they vary: no two codes draw the same."""
+    gammas, lambdas = (np.asarray(diagonal, float) for diagonal in result)
+    vary = bool(np.ptp(lambdas))
+    return {"gammas": gammas, "lambdas": 0 * lambdas if vary else lambdas, "vary": np.array(float(vary))}
+
+
 OBSERVABLES = Observables(
-    gauge_free={"draw_bases": _pair},
+    gauge_free={"draw_bases": _pair, "init": _start},
     choices={"zero": ("gammas",), "convention": ("peft", "vision"), "kind": ("normal", "sparse", "very_sparse")},
     values={
         "gammas": _drawn(0, 2),
@@ -90,6 +97,16 @@ def random_lambdas(W0, *, rank, zero="lambdas"):
     start = right.init(W0, rank=rank, zero=zero)
     noise = torch.sin(1 + torch.arange(start.lambdas.numel(), dtype=W0.dtype, device=W0.device)).view_as(start.lambdas)
     return start._replace(lambdas=start.lambdas + noise) if zero == "lambdas" else start
+
+
+@mistake(
+    "The start is not zero: lambdas are normal, drawn from the global generator (MyTransformers).",
+    replaces="init",
+    breaks=("randlora.L1a", "randlora.L1c"),
+)
+def random_lambdas_from_the_global_generator(W0, *, rank, zero="lambdas"):
+    start = right.init(W0, rank=rank, zero=zero)
+    return start._replace(lambdas=torch.randn_like(start.lambdas)) if zero == "lambdas" else start
 
 
 @mistake("Both diagonals are zero: nothing is ever trained.", replaces="init", breaks=("randlora.L1a", "randlora.L1b"))

@@ -113,10 +113,11 @@ def names_of_the_starts(module):
     assert {name for name, kind in module.NOISE.items() if kind == "uniform"} == {"uniform", "s_uniform"}
 
 
-@promise("The scaling of a start is positive and finite.", of="init")
+@promise("The scaling of a start is positive and finite.", of=("init", "_start", "LoLDULinear"))
 def scaling_is_positive(module):
     for bad in (0.0, -1.0, math.nan, math.inf):
         refuses(module.init, "scaling", randn(4, 5), bad, rank=2)
+        refuses(module.LoLDULinear, "scaling", _linear(), rank=2, alpha=bad)
 
 
 @promise("A random start asks for its noise, and says how to draw it; noise of another length is refused.", of=("init_diagonal", "init"))
@@ -161,6 +162,8 @@ def merging_needs_a_permutation(module):
             function(W, U, z, L, good, 1.0)
     for bad in (good.int(), good.double(), good[:3], good[None], good.to("meta")):
         refuses(module.delta_weight, "P", U, z, L, bad, 1.0)
+    # Elsewhere no value is read
+    assert torch.equal(module.delta_weight(U, z, L, 0 * good, 1.0), module.delta_weight(U, z, L[:1].repeat(4, 1), good, 1.0))
 
 
 @promise("Without a best diagonal there is an error: a scaling of zero, or dependent factors.", of="fit_diagonal")
@@ -170,6 +173,22 @@ def fit_is_possible(module):
         refuses(module.fit_diagonal, "scaling", target, U, L, P, bad)
     refuses(module.fit_diagonal, "U", target, 0 * U, L, P, 1.0)
     refuses(module.fit_diagonal, "L", target, U, L * torch.tensor([1.0, 0.0]), P, 1.0)
+    # A term that is a multiple of another, or of the sum of others: the rounding of the Gram matrix hides it from a solver
+    for dtype in (torch.float64, torch.float32):
+        target, U, L, P = randn(9, 8).to(dtype), randn(3, 8).to(dtype), randn(9, 3).to(dtype), torch.arange(9)
+        assert module.fit_diagonal(target, U, L, P, 1.0).isfinite().all()
+        same_rows = torch.stack([U[0], -2.0 * U[0], 0.3 * U[0]])
+        for column in (1.7 * L[:, 0], L[:, 0] + L[:, 1]):
+            refuses(module.fit_diagonal, "L", target, same_rows, torch.stack([L[:, 0], L[:, 1], column], dim=1), P, 1.0)
+        for _ in range(30):
+            pairs = randn(3, 8).to(dtype), randn(9, 3).to(dtype)
+            pairs[0][1], pairs[1][:, 1] = -2.0 * pairs[0][0], 0.7 * pairs[1][:, 0]
+            refuses(module.fit_diagonal, "L", target, *pairs, P, 1.0)
+        # Lengths that differ a lot are no dependence
+        lengths = torch.tensor([1.0, 1e-4, 1e4], dtype=dtype)
+        assert module.fit_diagonal(target, U * lengths[:, None], L, P, 1.0).isfinite().all()
+    for bad in ([0, 0, *range(2, 9)], [*range(1, 10)]):
+        refuses(module.fit_diagonal, "P", target, U, L, torch.tensor(bad), 1.0)
 
 
 # Draws, precision and memory

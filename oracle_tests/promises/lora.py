@@ -1,5 +1,7 @@
 """What `reference/lora.py` promises beside the laws of LoRA: its layer, its errors, its defaults."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -73,6 +75,14 @@ def probability_is_zero_by_default(module):
 @promise("The layer's scaling is alpha / rank unless told otherwise.", of="LoRALinear")
 def plain_scaling_by_default(module):
     assert _layer(module).scaling == 1.5
+
+
+@promise("An alpha that is not finite is refused.", of="scaling_factor")
+def alpha_is_finite(module):
+    for bad in (math.nan, math.inf, -math.inf):
+        for rslora in (False, True):
+            refuses(module.scaling_factor, "alpha", bad, 2, rslora=rslora)
+            refuses(module.LoRALinear, "alpha", nn.Linear(3, 4), rank=2, alpha=bad, rslora=rslora)
 
 
 @promise("The layer starts from the factors that the generator gives.", of="LoRALinear")

@@ -12,7 +12,7 @@ from loracle.oracle_tests.promises.layers import randn
 FINITE = {
     "first_step_update": ("G",),
     "init": ("update",),
-    "init_weights": ("update",),
+    "init_weights": ("W0", "update"),
     "init_xs": ("W0",),
     "merge": ("W0", "A", "R", "B"),
 }
@@ -154,6 +154,21 @@ def _layer(module, scaling=1.5):
 def layer_computes(module):
     layer, x = _layer(module), randn(3, 5)
     assert torch.allclose(layer(x), layer.base(x) + 1.5 * x @ layer.A.T @ layer.R.T @ layer.B.T)
+
+
+@promise("A layer is not made with a scaling that is not positive, nor around a weight that is not finite.", of="LoRASBLinear")
+def layer_has_numbers(module):
+    for bad in (0.0, -1.0, math.nan, math.inf):
+        refuses(_layer, "scaling", module, bad)
+    spoiled = _linear()
+    spoiled.weight.data[1, 2] = math.nan
+    refuses(module.LoRASBLinear, "W0", spoiled, randn(2, 5), randn(2, 2), randn(4, 2))
+
+
+@promise("A sketch that is zero or not finite is refused.", of=("init", "_leading_triplets"))
+def sketch_is_usable(module):
+    for bad in (0.0, math.nan, math.inf):
+        refuses(module.init, "sketch", randn(4, 5), rank=2, sketch=torch.full((5, 2), bad, dtype=torch.float64))
 
 
 @promise("Without an argument the layer's scaling is 1.", of=("LoRASBLinear", "adapt_linear"))

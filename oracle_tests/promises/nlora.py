@@ -182,11 +182,22 @@ def scaling_is_a_number(module):
     W0, A, N, B = randn(4, 5), randn(2, 5), randn(2, 2), randn(4, 2)
     for bad in (math.nan, math.inf, -math.inf):
         refuses(module.base_weight, "scaling", W0, A, N, B, bad)
-        refuses(module.init, "scaling", W0, bad, rank=2, residual=True)
+        for core in ("block", "pinv"):
+            refuses(module.init, "scaling", W0, bad, rank=2, core=core, residual=True)
+            refuses(module.init, "scaling", W0, bad, rank=2, core=core)
         refuses(module.fit_core, "scaling", W0, A, B, bad)
     refuses(module.fit_core, "scaling", W0, A, B, 0.0)
     assert torch.equal(module.base_weight(W0, A, N, B, 0.0), W0)
     assert module.fit_core(W0, A, B, -1.0).isfinite().all()
+
+
+@promise("A layer asks for a core that there is for its method, also where its name is empty, and for a finite alpha.", of="SLoRALinear")
+def layer_is_asked_well(module):
+    W0 = randn(4, 5)
+    for method, bad in (("nlora", ""), ("inttune", "kaiming"), ("slora", ""), ("slora", "pinv")):
+        refuses(lambda method=method, bad=bad: module.SLoRALinear(_linear(W0), rank=2, alpha=2.0, method=method, core=bad), "core")
+    for bad in (math.nan, math.inf, -math.inf):
+        refuses(lambda bad=bad: module.SLoRALinear(_linear(W0), rank=2, alpha=bad), "alpha")
 
 
 @promise("A correction that overflows the weight's precision is refused.", of="base_weight")

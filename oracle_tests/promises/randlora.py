@@ -114,7 +114,7 @@ def rank_is_in_range(module):
 
 @promise("The scaling needs counts of at least one, and an alpha that is positive and finite.", of="scaling_factor")
 def scaling_refuses(module):
-    for bad in (0, -1):
+    for bad in (0, -1, 2.5, math.nan, True):
         refuses(module.scaling_factor, "rank", bad, 3)
         refuses(module.scaling_factor, "bases", 3, bad)
     for bad in (0.0, -1.0, math.inf, math.nan):
