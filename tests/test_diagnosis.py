@@ -32,6 +32,7 @@ NOT_IN_FLOAT32 = {
     "optimal_delta_by_default",
     "step_delta_fixed",
     "efficient_delta_fixed",
+    "symmetric_not_inverted_with_delta",
     "fit_in_float32",
     "norms_in_float32",
     "factored_in_float32",

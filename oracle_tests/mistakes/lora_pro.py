@@ -319,6 +319,21 @@ def symmetric_not_inverted(grad_B, A, B, scaling, *, delta=0.0):
     return _symmetric_choice(None, grad_B, A, B, scaling, "symmetry", delta)
 
 
+def _official_pair(grad_A, grad_B, A, B, scaling, *, X="sylvester", delta=0.0):
+    X = _symmetric_choice(grad_A, grad_B, A, B, scaling, X, 1e-8)
+    return right.optimal_gradients(grad_A, grad_B, A, B, scaling, X=X, delta=1e-8)
+
+
+@mistake(
+    "The symmetric X is multiplied by A A' where its inverse is needed, and delta is 1e-8, whatever is given (public code as it is).",
+    replaces="symmetric_X",
+    also={"optimal_gradients": _official_pair},
+    breaks=("lora_pro.L11b", "lora_pro.L11a"),
+)
+def symmetric_not_inverted_with_delta(grad_B, A, B, scaling, *, delta=0.0):
+    return _symmetric_choice(None, grad_B, A, B, scaling, "symmetry", 1e-8)
+
+
 @mistake("The symmetric X takes all of what both factors can do, not half.", replaces="symmetric_X", breaks=("lora_pro.L11b",))
 def symmetric_takes_all(grad_B, A, B, scaling, *, delta=0.0):
     return 2 * right.symmetric_X(grad_B, A, B, scaling, delta=delta)

@@ -372,7 +372,7 @@ PARTS = (
 
 
 def figure(results: Results) -> Figure:
-    """Six panels: loss and cosine for gradient descent and for AdamW, losses at other learning rates, and the second step."""
+    """Six panels: loss and cosine for gradient descent and for AdamW, losses at other learning rates, and the second and third step."""
     fig, (sgd_loss, sgd_cosine, adamw_loss, adamw_cosine, rates, start) = plotting.make_figure(2, QUESTION, rows=3)
     metrics = results.metrics
     config: Config = convert(results.config, Config, "config")
@@ -397,9 +397,9 @@ def figure(results: Results) -> Figure:
     rates.minorticks_off()
     rates.legend()
     multiple = config.start_rates[0]
-    apart = {label: [metrics[f"start.{X}_x{multiple}.apart_{t}"] for t in (2, 3)] for X, label in CHOICES_OF_X.items()}
-    plotting.draw_bars(start, ["step 2", "step 3"], apart)
-    start.set(title=f"Steps from B = 0, learning rate {multiple * config.start_unit:g}", ylabel="apart from the projection")
-    start.set_ylim(0, 1.7)
+    shown = {"step 2:\nA moves": "moved_2", "step 2:\nW apart": "apart_2", "step 3:\nW apart": "apart_3"}
+    sizes = {label: [metrics[f"start.{X}_x{multiple}.{name}"] for name in shown.values()] for X, label in CHOICES_OF_X.items()}
+    plotting.draw_bars(start, list(shown), sizes)
+    start.set(title=f"Steps from B = 0, learning rate {multiple * config.start_unit:g}", ylabel="share of A, of the projection")
     start.legend(loc="upper right")
     return fig

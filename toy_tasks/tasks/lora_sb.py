@@ -386,7 +386,7 @@ def figure(results: Results) -> Figure:
         plotting.draw_points(count, numbers, found, METHODS[method], i)
     count.set(title="Loss against trained numbers", xlabel="trained numbers", ylabel="final loss", ylim=(0, None), xscale="log")
     ticks = sorted({round(metrics[f"methods.{name}.parameters"].mean or 0) for name in variants(config) if name != "full"})
-    count.set_xticks(ticks, [str(tick) for tick in ticks])
+    count.set_xticks(ticks, [str(tick) for tick in ticks], rotation=60)
     count.minorticks_off()
     count.legend(fontsize=8)
 
