@@ -592,7 +592,16 @@ def moments_used_in_bfloat16(*, t, lr, beta1=0.9, beta2=0.999, adam_eps=1e-8, X=
     breaks=("lora_pro.L13b", "lora_pro.L13d"),
 )
 def squares_of_the_gradient_in_bfloat16(**given):
-    return _composed(given, squared=lambda g: g.bfloat16().to(g.dtype) if given["t"] > 1 else g)
+    return _composed(given, squared=_rounded(given))
+
+
+def _rounded(given):
+    return (lambda g: g.bfloat16().to(g.dtype)) if given["t"] > 1 else None
+
+
+def _deepspeed(given, squared=None):
+    changed = {"t": given["t"] + 1, "delta": 1e-8, "weight_decay": 0.0}
+    return _composed(given | changed, scaling=2.0, X="sylvester", squared=squared)
 
 
 @mistake("delta is 1e-8 in the step, whatever is given (the official code).", replaces="step", breaks=("lora_pro.L13f",))
@@ -606,9 +615,8 @@ def step_delta_fixed(**given):
     replaces="step",
     breaks=("lora_pro.L13a", "lora_pro.L13b", "lora_pro.L13c", "lora_pro.L14a"),
 )
-def step_of_deepspeed(*, t, X="sylvester", **given):
-    moved = right.step(t=t + 1, X="sylvester", **given | {"scaling": 2.0, "delta": 1e-8, "weight_decay": 0.0})
-    return moved._replace(W0=given["W0"])
+def step_of_deepspeed(**given):
+    return _deepspeed(given)
 
 
 @mistake(
@@ -617,9 +625,8 @@ def step_of_deepspeed(*, t, X="sylvester", **given):
     replaces="step",
     breaks=("lora_pro.L13a", "lora_pro.L13b", "lora_pro.L13c", "lora_pro.L14a"),
 )
-def step_of_deepspeed_in_bfloat16(*, t, **given):
-    changed = given | {"t": t + 1, "delta": 1e-8, "weight_decay": 0.0}
-    return _composed(changed, scaling=2.0, X="sylvester", squared=lambda g: g.bfloat16().to(g.dtype) if t > 1 else g)
+def step_of_deepspeed_in_bfloat16(**given):
+    return _deepspeed(given, squared=_rounded(given))
 
 
 @mistake("Decay is not multiplied by the learning rate.", replaces="step", breaks=("lora_pro.L14a", "lora_pro.L13c"))
